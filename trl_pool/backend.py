@@ -1,0 +1,371 @@
+"""One server: its connection, its dialect, the leases on it, and three separate facts about it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .addresses import BackendAddress
+from .breaker import CircuitBreaker, Permit, Verdict
+from .config import PoolConfig
+from .dialects.base import Dialect
+from .errors import AttemptError, Outcome, UnknownBackendError
+from .exchange import Answer, Exchange
+from .facts import Health, HealthFact, SyncFact
+
+SIMULATED = "trl-pool-sim"
+"""What simulated servers call themselves in the `server` header."""
+
+
+class Lane(enum.Enum):
+    """Work that may share a server with its own kind; on some servers not with the other."""
+
+    GENERATE = "generating"
+    SCORE = "scoring"
+
+
+@dataclass(eq=False)
+class Lease:
+    """The right to one request on one backend. It is given back by [`Backend.release`], whatever happened."""
+
+    backend: Backend
+    lane: Lane
+    weight: int
+    permit: Permit
+    started: float
+    scope: asyncio.Timeout | None = None
+
+
+@dataclass(frozen=True)
+class BackendStatistics:
+    """A backend at one moment.
+
+    Args:
+        name (`str`): `host:port` and path prefix.
+        url (`str`): Its URL.
+        eligible (`bool`): Whether it may take requests.
+        reason (`str`): Why not, empty if it may.
+        health (`str`): `"up"`, `"suspect"`, `"down"` or `"not probed yet"`.
+        breaker (`str`): `"closed"`, `"open"` or `"half-open"`.
+        weight_version (`int` or `None`): The weights it holds; `None` when unknown.
+        model_version (`str` or `None`): What its health answer says.
+        inflight (`int`): Requests out now.
+        load (`int`): Completions out now.
+        requests (`int`): Requests sent so far.
+        prompts (`int`): Prompts it has answered.
+        failures (`int`): Requests that failed.
+        failovers (`int`): Prompts taken from it and sent elsewhere.
+        ejections (`int`): Times its breaker opened.
+        latency (`float` or `None`): Mean seconds of the requests it answered.
+        draining (`bool`): Whether it is on its way out.
+    """
+
+    name: str
+    url: str
+    eligible: bool
+    reason: str
+    health: str
+    breaker: str
+    weight_version: int | None
+    model_version: str | None
+    inflight: int
+    load: int
+    requests: int
+    prompts: int
+    failures: int
+    failovers: int
+    ejections: int
+    latency: float | None
+    draining: bool
+
+
+class Backend:
+    """One server as the pool sees it.
+
+    Args:
+        address ([`BackendAddress`]): Where it is.
+        dialect ([`Dialect`]): What it speaks.
+        config ([`PoolConfig`]): Limits and thresholds.
+        exchange ([`Exchange`]): HTTP to it.
+        clock (`Callable[[], float]`): Monotonic seconds.
+        required_weights (`Callable[[], int]`): The weight version that may serve.
+        changed (`Callable[[], None]`): Called after anything that may let waiting work go on.
+        doubted (`Callable[[Backend], None]`): Called when traffic suggests that the server is gone.
+    """
+
+    def __init__(
+        self,
+        address: BackendAddress,
+        *,
+        dialect: Dialect,
+        config: PoolConfig,
+        exchange: Exchange,
+        clock: Callable[[], float],
+        required_weights: Callable[[], int],
+        changed: Callable[[], None],
+        doubted: Callable[[Backend], None] = lambda backend: None,
+    ) -> None:
+        self.address, self.name, self.url = address, address.name, address.url
+        self.dialect, self.exchange = dialect, exchange
+        self._config, self._clock = config, clock
+        self._required_weights, self._changed, self._doubted = required_weights, changed, doubted
+        self.health = HealthFact(silent_means_suspect=dialect.silent_while_busy)
+        self.sync = SyncFact()
+        self.breaker = CircuitBreaker(
+            threshold=config.fail_eject_threshold,
+            cooldown=config.cooldown_seconds,
+            max_cooldown=config.max_cooldown_seconds,
+            clock=clock,
+        )
+        self.draining = False
+        self.simulated = False
+        self.incarnation = 0
+        self._busy_until = 0.0
+        self._leases: set[Lease] = set()
+        # Requests nobody waits for any more, which the server still works on.
+        self._orphans: dict[asyncio.Task[Answer], str] = {}
+        self._broken = (Outcome.LOST, "")
+        self._requests = self._prompts = self._failures = self._failovers = 0
+        self._seconds = 0.0
+        self._answered = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Backend {self.url} {self.health.state.value}, breaker {self.breaker.describe()}, "
+            f"weights v{self.sync.held}, {self.inflight}/{self._config.max_inflight_per_backend} in flight>"
+        )
+
+    # What it is doing
+
+    @property
+    def inflight(self) -> int:
+        """Requests out."""
+        return len(self._leases)
+
+    @property
+    def load(self) -> int:
+        """Completions out."""
+        return sum(lease.weight for lease in self._leases)
+
+    @property
+    def working(self) -> bool:
+        """Whether the server has work of ours, waited for or not."""
+        return bool(self._leases or self._orphans)
+
+    @property
+    def stuck(self) -> str | None:
+        """The control call that has not returned, if there is one."""
+        return next((what for what in self._orphans.values() if what != Lane.SCORE.value), None)
+
+    def holds_lane(self, lane: Lane) -> bool:
+        """Whether requests of this kind are out, waited for or not."""
+        if lane is Lane.SCORE and Lane.SCORE.value in self._orphans.values():
+            return True
+        return any(lease.lane is lane for lease in self._leases)
+
+    # Whether it may have a request
+
+    def why_ineligible(self) -> str | None:
+        """Why it may take no request at all, breaker aside; `None` if it may."""
+        if self.draining:
+            return "is draining"
+        if self.stuck:
+            return f"is stuck: {self.stuck} has not returned"
+        stale = self.sync.why_stale(self._required_weights())
+        if stale is not None:
+            return stale
+        wanted = self._config.required_model_version
+        if wanted is not None and self._required_weights() == 0 and self.health.model_version != wanted:
+            return f"reports model version {self.health.model_version!r}, required is {wanted!r}"
+        if not self.health.usable:
+            return f"is down ({self.health.reason})" if self.health.reason else "is down"
+        return None
+
+    def only_stale(self) -> bool:
+        """Whether waiting cannot help, because only a weight update can."""
+        return self.sync.why_stale(self._required_weights()) is not None
+
+    def why_blocked(self, lane: Lane) -> str | None:
+        """Why it has to be waited for just now; `None` if a request may go out."""
+        if self.inflight >= self._config.max_inflight_per_backend:
+            return f"has all {self._config.max_inflight_per_backend} slots taken"
+        wait = self.seconds_busy()
+        if wait > 0:
+            return f"asked to be left alone for {wait:.1f} s"
+        other = Lane.SCORE if lane is Lane.GENERATE else Lane.GENERATE
+        if self.dialect.scoring_is_exclusive and self.holds_lane(other):
+            return f"is {other.value}, which excludes {lane.value}"
+        return None
+
+    def seconds_busy(self) -> float:
+        """Seconds for which it asked to be left alone."""
+        return max(0.0, self._busy_until - self._clock())
+
+    # Leases
+
+    def take(self, lane: Lane, weight: int, *, force: bool = False) -> Lease:
+        """Takes a slot and the breaker's permit. Synchronous: what was checked before still holds."""
+        lease = Lease(self, lane, weight, self.breaker.acquire(force=force), self._clock())
+        self._leases.add(lease)
+        return lease
+
+    def release(self, lease: Lease, verdict: Verdict, *, reason: str = "") -> None:
+        """Gives a lease back with what the request showed; a second time does nothing."""
+        if lease not in self._leases:
+            return
+        self._leases.discard(lease)
+        suspect = self.health.state is Health.SUSPECT
+        self.breaker.release(lease.permit, verdict, reason=reason, trip=suspect)
+        self._changed()
+
+    def release_unused(self, lease: Lease) -> None:
+        """Gives back a lease that no request was sent on."""
+        self.release(lease, Verdict.NEUTRAL)
+
+    def served(self, lease: Lease, prompts: int) -> None:
+        """Counts an answer."""
+        self.health.served()
+        self._prompts += prompts
+        self._answered += 1
+        self._seconds += self._clock() - lease.started
+
+    def failed(self, error: AttemptError) -> None:
+        """Counts a failed request and draws what it says about health and weights."""
+        self._failures += 1
+        if error.outcome is Outcome.BUSY:
+            self._busy_until = self._clock() + (error.retry_after or 0.0)
+        if error.refused:
+            self.gone(error.detail)
+        elif error.outcome is Outcome.LOST:
+            self.may_have_restarted(f"a connection broke: {error.detail}")
+            self._doubted(self)
+
+    def moved(self, prompts: int) -> None:
+        """Counts prompts that are sent elsewhere."""
+        self._failovers += prompts
+
+    # What was seen
+
+    def gone(self, reason: str) -> None:
+        """Nobody listens there: the process is gone, and whoever comes back has other weights."""
+        self.health.refused(reason)
+        self.may_have_restarted("its port was closed since the last update")
+
+    def may_have_restarted(self, reason: str) -> None:
+        """Whoever answers next may be a new process: it has no communicator, and after the first update the wrong
+        weights, and a `trl` server cannot say so."""
+        self.incarnation += 1
+        if self._required_weights() > 0 and self.sync.held is not None:
+            self.sync.lost(reason)
+
+    # Traffic
+
+    async def post(
+        self,
+        lease: Lease,
+        path: str,
+        body: bytes,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Sends a leased request.
+
+        A scoring request that nobody waits for any more is not dropped where that matters: the server would go on
+        with it, and mix up its reply with that of the next generation. It keeps its lane until it is answered.
+        """
+        self._requests += 1
+        try:
+            # A time-out without a time: break_off() sets one.
+            async with asyncio.timeout(None) as lease.scope:
+                return await self._post(lease, path, body, timeout, headers)
+        except TimeoutError:
+            raise AttemptError(self.url, self._broken[0], f"broken off: {self._broken[1]}") from None
+
+    async def _post(
+        self, lease: Lease, path: str, body: bytes, timeout: float, headers: Mapping[str, str] | None
+    ) -> Answer:
+        if lease.lane is not Lane.SCORE or not self.dialect.scoring_is_exclusive:
+            return await self.exchange.post(path, body, timeout=timeout, headers=headers)
+        request = self.exchange.post(path, body, timeout=None, headers=headers)
+        return await self._outlive(request, Lane.SCORE.value, timeout)
+
+    async def control(self, path: str, body: bytes | None) -> Answer:
+        """Sends a control call, exactly once. One that does not return in time leaves the backend stuck until it
+        does (or until the connection breaks)."""
+        return await self._outlive(
+            self.exchange.once("POST", path, body, timeout=None), path, self._config.control_timeout
+        )
+
+    async def _outlive(self, request: Coroutine[Any, Any, Answer], what: str, timeout: float) -> Answer:
+        task = asyncio.create_task(request)
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(task)
+        except TimeoutError:
+            raise AttemptError(self.url, Outcome.TIMED_OUT, f"no answer within {timeout:.1f} s") from None
+        finally:
+            if not task.done():
+                self._orphans[task] = what
+                task.add_done_callback(self._orphan_done)
+
+    def _orphan_done(self, task: asyncio.Task[Answer]) -> None:
+        self._orphans.pop(task, None)
+        if not task.cancelled():
+            task.exception()
+        self._changed()
+
+    def break_off(self, outcome: Outcome, reason: str) -> None:
+        """Ends every request that is out, as failed with that outcome, so that it is served elsewhere."""
+        self._broken = (outcome, reason)
+        for lease in self._leases:
+            if lease.scope is not None:
+                lease.scope.reschedule(asyncio.get_running_loop().time())
+
+    async def aclose(self) -> None:
+        """Ends what is still out and closes the connections."""
+        orphans = list(self._orphans)
+        for task in orphans:
+            task.cancel()
+        await asyncio.gather(*orphans, return_exceptions=True)
+        await self.exchange.aclose()
+
+    def statistics(self) -> BackendStatistics:
+        """The backend at this moment."""
+        reason = self.why_ineligible()
+        if reason is None and not self.breaker.allows():
+            reason = self.breaker.describe()
+        return BackendStatistics(
+            name=self.name,
+            url=self.url,
+            eligible=reason is None,
+            reason=reason or "",
+            health=self.health.state.value,
+            breaker=self.breaker.state.value,
+            weight_version=self.sync.held,
+            model_version=self.health.model_version,
+            inflight=self.inflight,
+            load=self.load,
+            requests=self._requests,
+            prompts=self._prompts,
+            failures=self._failures,
+            failovers=self._failovers,
+            ejections=self.breaker.ejections,
+            latency=self._seconds / self._answered if self._answered else None,
+            draining=self.draining,
+        )
+
+
+def find(backends: dict[str, Backend], name: str) -> Backend:
+    """The backend of that name or URL.
+
+    Raises:
+        [`UnknownBackendError`]: naming those there are.
+    """
+    for backend in backends.values():
+        if name in (backend.name, backend.url, backend.url + "/"):
+            return backend
+    raise UnknownBackendError(f"no backend {name!r}; there are: {', '.join(backends) or 'none'}")

@@ -1,0 +1,364 @@
+"""The pool, synchronous: TRL's `VLLMClient` as a training script sees it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar
+
+import httpx
+import requests
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from .config import PoolConfig
+from .errors import ForkedProcessError, PoolClosedError
+from .pool import (
+    CLOSE_SECONDS,
+    DEFAULT_GROUP_PORT,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    USER_AGENT,
+    AsyncVLLMClientPool,
+    PoolStatistics,
+    caller,
+    describe,
+)
+from .weights.transport import WeightTransport
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class VLLMClientPool:
+    """Many `trl vllm-serve` servers in the place of TRL's `VLLMClient`.
+
+    Every method forwards to an [`AsyncVLLMClientPool`] on an event loop in a thread of its own, where arguments,
+    results and errors are described.
+
+    Args:
+        base_url (`str` or `Iterable[str]`, *optional*):
+            One or more servers' URLs, as a list or separated by commas. Without it `host` and `server_port` if given,
+            otherwise the environment variable `BACKENDS`.
+        host (`str`, *optional*, defaults to `"0.0.0.0"`): Address of a single server.
+        server_port (`int`, *optional*, defaults to `8000`): Port of a single server.
+        group_port (`int`, *optional*, defaults to `51216`):
+            Port of the weight update group. Servers that share a host get consecutive ones.
+        connection_timeout (`float`, *optional*, defaults to `0.0`):
+            Seconds to wait for the servers to be up.
+        config ([`PoolConfig`], *optional*):
+            Settings; the defaults, or the environment's if the backends came from `BACKENDS`.
+        transport (`httpx.AsyncBaseTransport`, *optional*):
+            Used instead of sockets, `httpx.MockTransport` for example: a training script can be tested without any
+            server.
+        session_id (`str`, *optional*): Default of the calls' `session_id`.
+        weight_transport ([`WeightTransport`], *optional*):
+            Moves tensors to the servers. Without one only simulated servers and mocked transports can be "updated".
+
+    Raises:
+        `requests.ConnectionError`: when fewer than `config.min_backends` servers are up in time.
+
+    Example:
+
+    ```python
+    >>> from trl_pool import VLLMClientPool
+
+    >>> client = VLLMClientPool("http://n1:8000,http://n2:8000", connection_timeout=240)
+    >>> client.generate(["Hello, AI!", "Tell me a joke"], n=8, max_tokens=256)
+    ```
+    """
+
+    def __init__(
+        self,
+        base_url: str | Iterable[str] | None = None,
+        host: str = DEFAULT_HOST,
+        server_port: int = DEFAULT_PORT,
+        group_port: int = DEFAULT_GROUP_PORT,
+        connection_timeout: float = 0.0,
+        *,
+        config: PoolConfig | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        session_id: str | None = None,
+        weight_transport: WeightTransport | None = None,
+    ) -> None:
+        self._pid = os.getpid()
+        self._closed = False
+        self._stack = contextlib.ExitStack()
+        self._portal: BlockingPortal = self._stack.enter_context(start_blocking_portal(name="trl-pool"))
+        try:
+            self._pool = self._portal.call(
+                lambda: AsyncVLLMClientPool(
+                    base_url,
+                    host,
+                    server_port,
+                    group_port,
+                    config=config,
+                    transport=transport,
+                    session_id=session_id,
+                    weight_transport=weight_transport,
+                )
+            )
+            self.base_url = ",".join(backend.url for backend in self._pool.statistics().backends)
+            self.group_port = group_port
+            _at_exit.add(self)
+            self.check_server(connection_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    # Life
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # At interpreter exit modules may be gone already; then there is nothing left to close either.
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<{type(self).__name__} closed>"
+        return describe(type(self).__name__, self._pool)
+
+    def close(self) -> None:
+        """Closes communicators and connections, in a few seconds at most. A second time, and in a forked child,
+        nothing."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        _at_exit.discard(self)
+        pool = getattr(self, "_pool", None)
+        try:
+            if pool is not None:
+                self._portal.start_task_soon(pool.aclose).result(2 * CLOSE_SECONDS)
+        finally:
+            self._stack.close()
+
+    def _close_at_exit(self) -> None:
+        """Closes communicators without the event loop: it cannot even resolve names any more."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        group = self._pool.weights.group
+        urls = [b.url for b in self._pool.statistics().backends if b.name in group and b.health != "down"]
+        post_all([f"{url}/close_communicator/" for url in urls], seconds=CLOSE_SECONDS)
+
+    def _call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
+        """Runs a coroutine function on the loop; an interrupt (Ctrl-C) cancels it there and returns at once."""
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"{type(self).__name__} was made in process {self._pid} and cannot be used in its forked child "
+                f"{os.getpid()}; make one there, or use it in the parent only"
+            )
+        if self._closed:
+            raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
+        token = caller.set(threading.get_ident())
+        try:
+            future: Future[T] = self._portal.start_task_soon(lambda: function(*args, **kwargs))
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()
+                raise
+        finally:
+            caller.reset(token)
+
+    # Forwarded
+
+    def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
+        """See [`AsyncVLLMClientPool.check_server`]."""
+        self._call(self._pool.check_server, total_timeout, retry_interval)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        images: Sequence[Any] | None = None,
+        n: int = 1,
+        repetition_penalty: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_tokens: int = 16,
+        logprobs: int | None = 0,
+        structured_outputs_regex: str | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        *,
+        session_id: str | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """See [`AsyncVLLMClientPool.generate`]."""
+        return self._call(
+            self._pool.generate,
+            prompts,
+            images,
+            n,
+            repetition_penalty,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            max_tokens,
+            logprobs,
+            structured_outputs_regex,
+            generation_kwargs,
+            session_id=session_id,
+            progress=progress,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Sequence[Mapping[str, Any]]],
+        n: int = 1,
+        repetition_penalty: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_tokens: int = 16,
+        logprobs: int | None = 0,
+        structured_outputs_regex: str | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        *,
+        session_id: str | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """See [`AsyncVLLMClientPool.chat`]."""
+        return self._call(
+            self._pool.chat,
+            messages,
+            n,
+            repetition_penalty,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            max_tokens,
+            logprobs,
+            structured_outputs_regex,
+            generation_kwargs,
+            chat_template_kwargs,
+            tools,
+            chat_template,
+            session_id=session_id,
+            progress=progress,
+        )
+
+    def get_sequence_logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        top_logprobs: int = 100,
+        temperature: float = 1.0,
+        use_binary: bool = True,
+        chunk_size: int = 0,
+        max_concurrent_requests: int = 4,
+        *,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """See [`AsyncVLLMClientPool.get_sequence_logprobs`]."""
+        return self._call(
+            self._pool.get_sequence_logprobs,
+            sequences,
+            prompt_lengths,
+            top_logprobs,
+            temperature,
+            use_binary,
+            chunk_size,
+            max_concurrent_requests,
+            progress=progress,
+        )
+
+    def get_world_size(self) -> int:
+        """See [`AsyncVLLMClientPool.get_world_size`]."""
+        return self._call(self._pool.get_world_size)
+
+    def reset_prefix_cache(self) -> None:
+        """See [`AsyncVLLMClientPool.reset_prefix_cache`]."""
+        self._call(self._pool.reset_prefix_cache)
+
+    def init_communicator(self, device: Any = 0) -> None:
+        """See [`AsyncVLLMClientPool.init_communicator`]."""
+        self._call(self._pool.init_communicator, device)
+
+    def update_named_param(self, name: str, weights: Any) -> None:
+        """See [`AsyncVLLMClientPool.update_named_param`]."""
+        self._call(self._pool.update_named_param, name, weights)
+
+    def update_model_params(self, model: Any) -> None:
+        """See [`AsyncVLLMClientPool.update_model_params`]."""
+        self._call(self._pool.update_model_params, model)
+
+    def close_communicator(self) -> None:
+        """See [`AsyncVLLMClientPool.close_communicator`]."""
+        self._call(self._pool.close_communicator)
+
+    def add_backend(self, url: str) -> str:
+        """See [`AsyncVLLMClientPool.add_backend`]."""
+        return self._call(self._pool.add_backend, url)
+
+    def drain_backend(self, name: str, *, timeout: float | None = None) -> None:
+        """See [`AsyncVLLMClientPool.drain_backend`]."""
+        self._call(self._pool.drain_backend, name, timeout=timeout)
+
+    def remove_backend(self, name: str, drain: bool = True, *, timeout: float | None = None) -> None:
+        """See [`AsyncVLLMClientPool.remove_backend`]."""
+        self._call(self._pool.remove_backend, name, drain, timeout=timeout)
+
+    def statistics(self) -> PoolStatistics:
+        """See [`AsyncVLLMClientPool.statistics`]."""
+        return self._pool.statistics()
+
+
+def post_all(urls: Sequence[str], *, seconds: float) -> None:
+    """Posts to every URL at once with `requests` and returns after `seconds` at the latest, whatever they answer.
+
+    Args:
+        urls (`Sequence[str]`): Where to.
+        seconds (`float`): Longest time for all together.
+    """
+    deadline = time.monotonic() + seconds
+
+    def post(url: str) -> None:
+        try:
+            with requests.Session() as session:
+                session.trust_env = False
+                left = max(0.1, deadline - time.monotonic())
+                session.post(url, timeout=left, headers={"user-agent": USER_AGENT})
+        except requests.RequestException as error:
+            logger.debug("At exit: %s: %s", url, error)
+
+    threads = []
+    for url in urls:
+        thread = threading.Thread(target=post, args=(url,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # newer Pythons start no thread this late
+            post(url)
+        else:
+            threads.append(thread)
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+_at_exit: weakref.WeakSet[VLLMClientPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all_at_exit() -> None:
+    for pool in list(_at_exit):
+        pool._close_at_exit()

@@ -1,0 +1,164 @@
+"""Settings as values: frozen, checked when they are made, readable from the documented environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigurationError
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PoolConfig(BaseModel):
+    """How a pool balances, retries and gives up.
+
+    Every field can also come from the environment variable of the same name in upper case ([`PoolConfig.from_env`]).
+
+    Args:
+        fail_eject_threshold (`int`, *optional*, defaults to `3`):
+            Consecutive failures after which a backend is ejected.
+        cooldown_seconds (`float`, *optional*, defaults to `30.0`):
+            How long a first ejection lasts; the k-th in a row lasts k times as long.
+        max_cooldown_seconds (`float`, *optional*, defaults to `300.0`):
+            Longest ejection.
+        health_interval (`float`, *optional*, defaults to `3.0`):
+            Seconds between two health probes of a backend.
+        health_timeout (`float`, *optional*, defaults to `2.0`):
+            Seconds a probe may take.
+        connect_timeout (`float`, *optional*, defaults to `10.0`):
+            Seconds to reach a backend.
+        request_timeout (`float`, *optional*, defaults to `900.0`):
+            Seconds one attempt on one backend may take.
+        total_timeout (`float`, *optional*, defaults to `1700.0`):
+            Seconds a whole call may take, waiting and fail-over included. It stays below torch's default
+            `ddp_timeout` of 1800 s, after which the other ranks kill a job whose main process still waits.
+        control_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds one control call (weights, caches) may take.
+        drain_timeout (`float`, *optional*, defaults to `900.0`):
+            Seconds a weight update or a removal waits for requests that are out.
+        update_idle_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds without any control call after which an unfinished weight update counts as abandoned.
+        max_inflight_per_backend (`int`, *optional*, defaults to `8`):
+            HTTP requests a backend has from us at once.
+        max_attempts (`int`, *optional*, defaults to `5`):
+            Rounds of fail-over for a shard.
+        backoff_seconds (`float`, *optional*, defaults to `0.2`):
+            First upper bound of the jittered wait before a round of fail-over; it doubles up to 10 s.
+        backend_wait_seconds (`float`, *optional*, defaults to `60.0`):
+            How long a call waits for a backend to come back when none is eligible, before it raises.
+        prompt_sticky_prefix_chars (`int`, *optional*, defaults to `200`):
+            Characters of a prompt that make its affinity key; a quarter as many tokens of a token-id prompt.
+        split_batches (`bool`, *optional*, defaults to `True`):
+            Whether the prompts of a request are spread over the backends. Otherwise a request goes as a whole to
+            the backend of its first prompt.
+        balance_factor (`float`, *optional*, defaults to `1.25`):
+            Sticky requests leave their backend when its load exceeds this many times the mean.
+        virtual_nodes (`int`, *optional*, defaults to `160`):
+            Points of each backend on the hash ring.
+        max_queue (`int`, *optional*):
+            New calls that may wait for a slot; unbounded without it (the gateway's default is 1024).
+        queue_timeout (`float`, *optional*):
+            Seconds a new call may wait for its first slot; until its deadline without it (the gateway: 30).
+        min_backends (`int`, *optional*, defaults to `1`):
+            Servers that must be up for `check_server` to succeed when its time is over, and that a weight update
+            must reach.
+        required_model_version (`str`, *optional*):
+            Serve only from backends whose health answer carries this `model_version`, until the pool's own first
+            weight update.
+        max_model_len (`int`, *optional*):
+            The servers' `--max_model_len`. Token-id prompts that leave no room for one more token within it are
+            refused before they are sent: they hang a `trl vllm-serve` for good, and it tells its limit to nobody.
+        vocab_size (`int`, *optional*):
+            The model's. Token ids beyond it are refused before they are sent; they, too, hang the server for good.
+        max_logprobs (`int`, *optional*, defaults to `20`):
+            Most logprobs per token that the servers return (vLLM's `--max-logprobs`; `trl vllm-serve` has no option
+            for it, so it is vLLM's default). `-1` switches the check off.
+        trust_env (`bool`, *optional*, defaults to `False`):
+            Whether `HTTP_PROXY` and the like are obeyed. Off, because a proxy between a trainer and its servers
+            answers 503 for ever.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether calls show a progress bar unless they say otherwise.
+
+    Raises:
+        `pydantic.ValidationError` (a `ValueError`): for an unknown field or a value out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    fail_eject_threshold: int = Field(3, ge=1)
+    cooldown_seconds: Seconds = 30.0
+    max_cooldown_seconds: Seconds = 300.0
+    health_interval: Seconds = 3.0
+    health_timeout: Seconds = 2.0
+    connect_timeout: Seconds = 10.0
+    request_timeout: Seconds = 900.0
+    total_timeout: Seconds = 1700.0
+    control_timeout: Seconds = 120.0
+    drain_timeout: Seconds = 900.0
+    update_idle_timeout: Seconds = 600.0
+    max_inflight_per_backend: int = Field(8, ge=1)
+    max_attempts: int = Field(5, ge=1)
+    backoff_seconds: float = Field(0.2, ge=0, allow_inf_nan=False)
+    backend_wait_seconds: float = Field(60.0, ge=0, allow_inf_nan=False)
+    prompt_sticky_prefix_chars: int = Field(200, ge=1)
+    split_batches: bool = True
+    balance_factor: float = Field(1.25, ge=1, allow_inf_nan=False)
+    virtual_nodes: int = Field(160, ge=150, le=10_000)
+    max_queue: int | None = Field(None, ge=0)
+    queue_timeout: float | None = Field(None, ge=0, allow_inf_nan=False)
+    min_backends: int = Field(1, ge=1)
+    required_model_version: str | None = Field(None, min_length=1)
+    max_model_len: int | None = Field(None, ge=2)
+    vocab_size: int | None = Field(None, ge=1)
+    max_logprobs: int = Field(20, ge=-1)
+    trust_env: bool = False
+    progress: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_cooldown_seconds < self.cooldown_seconds:
+            raise ValueError(
+                f"max_cooldown_seconds={self.max_cooldown_seconds} must not be below "
+                f"cooldown_seconds={self.cooldown_seconds}"
+            )
+        return self
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Reads the variables named like the fields in upper case; unset and empty ones keep their defaults.
+
+        Args:
+            environ (`Mapping[str, str]`, *optional*): Where to read; the process's environment by default.
+            overrides: Fields that win over the environment.
+
+        Raises:
+            [`ConfigurationError`]: one line that names the variable, its value and what is allowed.
+        """
+        source = os.environ if environ is None else environ
+        values: dict[str, Any] = {
+            field: source[field.upper()].strip() for field in cls.model_fields if source.get(field.upper(), "").strip()
+        }
+        values.update(overrides)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigurationError(describe_validation_error(error, values)) from None
+
+
+def describe_validation_error(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """Every fault of a settings error in one line: `VARIABLE=value: what is allowed`."""
+    faults = []
+    for fault in error.errors():
+        field = str(fault["loc"][0]) if fault["loc"] else ""
+        message = fault["msg"].removeprefix("Value error, ")
+        if not field:
+            faults.append(message)
+        elif fault["type"] == "missing":
+            faults.append(f"{field.upper()} is not set; allowed: {message}")
+        else:
+            faults.append(f"{field.upper()}={values.get(field)!r}: {message}")
+    return "; ".join(faults)

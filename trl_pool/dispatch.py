@@ -1,0 +1,362 @@
+"""Where work meets backends: hands out leases, and lets what has to wait wait its turn."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from . import balancer
+from .backend import Backend, Lane, Lease
+from .config import PoolConfig
+from .errors import NoBackendAvailableError, OverloadedError
+from .facts import Health
+from .ring import HashRing
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 1.0
+"""Longest time between two looks at what waits: what changes by the clock alone (a cooldown) sends no notice."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a piece of work needs.
+
+    Args:
+        lane ([`Lane`]): Its kind.
+        weight (`int`): Its load in completions.
+        key (`str`, *optional*): Affinity key. Without one the least loaded backend is right.
+        home (`str`, *optional*): The backend it was planned for, taken if at all possible.
+        tried (`Container[str]`, *optional*): Backends it failed on; they come last.
+        crowded (`Callable[[str], bool]`, *optional*): Whether its call has enough requests on a backend already.
+    """
+
+    lane: Lane
+    weight: int
+    key: str | None = None
+    home: str | None = None
+    tried: Container[str] = ()
+    crowded: Callable[[str], bool] = field(default=lambda name: False)
+
+
+@dataclass(eq=False)
+class _Waiter:
+    poll: Callable[[], Any]
+    future: asyncio.Future[Any]
+    is_call: bool = False
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Who may take a piece of work: `ready` now, `later` after a wait; `forced` past their breakers."""
+
+    ready: Mapping[str, Backend]
+    later: Mapping[str, Backend]
+    forced: bool
+
+
+class Dispatcher:
+    """Chooses backends and keeps the queue. Every decision is one synchronous step: filter, pick, take.
+
+    Args:
+        config ([`PoolConfig`]): Limits.
+        clock (`Callable[[], float]`): Monotonic seconds.
+        rng (`random.Random`): For ties.
+    """
+
+    def __init__(self, config: PoolConfig, *, clock: Callable[[], float], rng: random.Random) -> None:
+        self._config, self._clock, self._rng = config, clock, rng
+        self.backends: dict[str, Backend] = {}
+        self.ring = HashRing(virtual_nodes=config.virtual_nodes)
+        self._gate: str | None = None
+        self._waiters: list[_Waiter] = []
+        self._notice: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        gate = f", gate closed: {self._gate}" if self._gate else ""
+        return f"<Dispatcher {len(self.backends)} backends, {len(self._waiters)} waiting{gate}>"
+
+    # Membership and gate
+
+    def add(self, backend: Backend) -> None:
+        self.backends[backend.name] = backend
+        self.ring.add(backend.name)
+        self.changed()
+
+    def remove(self, backend: Backend) -> None:
+        self.ring.remove(backend.name)
+        self.backends.pop(backend.name, None)
+        self.changed()
+
+    @property
+    def gate(self) -> str | None:
+        """Why no lease is given at all now, or `None`."""
+        return self._gate
+
+    def close_gate(self, reason: str) -> None:
+        """No new leases until [`open_gate`]; work waits."""
+        self._gate = reason
+
+    def open_gate(self) -> None:
+        self._gate = None
+        self.changed()
+
+    @property
+    def queued(self) -> int:
+        """Calls that wait for their first slot."""
+        return sum(waiter.is_call for waiter in self._waiters)
+
+    @property
+    def waiting(self) -> int:
+        """Pieces of work that wait."""
+        return len(self._waiters)
+
+    # Who
+
+    def reasons(self) -> dict[str, str]:
+        """Why each backend is not eligible, per URL; eligible ones are left out."""
+        found = {b.url: b.statistics() for b in self.backends.values()}
+        return {url: s.reason for url, s in found.items() if not s.eligible}
+
+    def eligible(self) -> list[Backend]:
+        """Backends that may take requests."""
+        return [b for b in self.backends.values() if b.why_ineligible() is None and b.breaker.allows()]
+
+    def candidates(self, want: Want) -> Candidates:
+        """Who may take a piece of work, best class only: not suspect before suspect, not tried before tried.
+
+        Raises:
+            [`NoBackendAvailableError`]: naming why not, per backend.
+        """
+        able = [b for b in self.backends.values() if b.why_ineligible() is None]
+        # A half-open backend whose trial is out is worth waiting for only when there is nobody else.
+        pool = [b for b in able if b.breaker.allows()]
+        forced = not pool and bool(able)
+        if forced:
+            # Never eject the last: of those that only their breakers keep away, the one whose time is up first.
+            pool = [min(able, key=lambda b: (b.breaker.seconds_until_trial(), b.inflight, b.name))]
+        if not pool:
+            raise self._nobody()
+        for unwanted in (self._is_suspect, lambda b: b.name in want.tried):
+            pool = [b for b in pool if not unwanted(b)] or pool
+        ready: dict[str, Backend] = {}
+        later: dict[str, Backend] = {}
+        for backend in pool:
+            waits = want.crowded(backend.name) or backend.why_blocked(want.lane) is not None
+            (later if waits else ready)[backend.name] = backend
+        return Candidates(ready, later, forced)
+
+    @staticmethod
+    def _is_suspect(backend: Backend) -> bool:
+        return backend.health.state is Health.SUSPECT
+
+    def _nobody(self) -> NoBackendAvailableError:
+        waits = [b.breaker.seconds_until_trial() for b in self.backends.values()]
+        retry_after = min((w for w in waits if w > 0), default=self._config.health_interval)
+        return NoBackendAvailableError(self.reasons(), retry_after=retry_after)
+
+    def try_lease(self, want: Want) -> Lease | None:
+        """A lease at once, or `None` when the work has to wait.
+
+        Raises:
+            [`NoBackendAvailableError`]: when there is nobody to wait for either.
+        """
+        if self._gate is not None:
+            return None
+        found = self.candidates(want)
+        if not found.ready:
+            return None
+        if want.home is not None and want.home in found.ready:
+            name = want.home
+        else:
+            loads = {name: backend.load for name, backend in found.ready.items()}
+            if want.key is not None:
+                order = balancer.sticky_order(
+                    want.key, want.weight, loads, self.ring.walk, self._config.balance_factor
+                )
+            else:
+                order = balancer.least_loaded(loads, self._rng)
+            name = order[0]
+        return found.ready[name].take(want.lane, want.weight, force=found.forced)
+
+    def split(self, lane: Lane, keys: Sequence[str], weight: int) -> list[tuple[Lease, list[int]]] | None:
+        """Plans a batch over everybody who is ready and takes a lease for each share; `None` when all is taken.
+
+        Args:
+            lane ([`Lane`]): Kind of work.
+            keys (`Sequence[str]`): Affinity key per prompt.
+            weight (`int`): Completions per prompt.
+
+        Raises:
+            [`NoBackendAvailableError`]: naming why not, per backend.
+        """
+        if self._gate is not None:
+            return None
+        found = self.candidates(Want(lane, weight))
+        if not found.ready:
+            return None
+        return self._share_out(lane, keys, weight, found, {})
+
+    def spread(self, lease: Lease, keys: Sequence[str], weight: int) -> list[tuple[Lease, list[int]]]:
+        """Like [`split`], for a call that waited and holds one lease already."""
+        held = {lease.backend.name: lease}
+        lease.weight = 0
+        try:
+            found = self.candidates(Want(lease.lane, weight))
+            ready = {**found.ready, lease.backend.name: lease.backend}
+            found = Candidates(ready, {}, found.forced)
+        except NoBackendAvailableError:
+            found = Candidates({lease.backend.name: lease.backend}, {}, forced=False)
+        return self._share_out(lease.lane, keys, weight, found, held)
+
+    def _share_out(
+        self, lane: Lane, keys: Sequence[str], weight: int, found: Candidates, held: dict[str, Lease]
+    ) -> list[tuple[Lease, list[int]]]:
+        loads = {name: backend.load for name, backend in found.ready.items()}
+        shards = balancer.split(keys, weight, loads, self.ring.walk, self._rng)
+        taken = []
+        for name, indices in shards.items():
+            lease = held.pop(name, None) or found.ready[name].take(lane, 0, force=found.forced)
+            lease.weight = weight * len(indices)
+            taken.append((lease, indices))
+        for lease in held.values():  # it waited, and others turned out to be emptier
+            lease.backend.release_unused(lease)
+        return taken
+
+    # Waiting
+
+    async def lease(self, want: Want, *, until: float, new_call: bool = False) -> Lease:
+        """A lease, as soon as there is one.
+
+        Args:
+            want ([`Want`]): What is needed.
+            until (`float`): The call's deadline on the pool's clock.
+            new_call (`bool`, *optional*, defaults to `False`): Whether `max_queue` and `queue_timeout` apply.
+
+        Raises:
+            [`NoBackendAvailableError`]: when nobody is eligible for `backend_wait_seconds`, or only a weight update
+                could change that.
+            [`OverloadedError`]: when the queue is full or the wait was too long.
+            `TimeoutError`: when the deadline is reached.
+        """
+        alone_since: float | None = None
+
+        def poll() -> Lease | NoBackendAvailableError | None:
+            nonlocal alone_since
+            try:
+                lease = self.try_lease(want)
+            except NoBackendAvailableError as error:
+                now = self._clock()
+                alone_since = now if alone_since is None else alone_since
+                hopeless = all(b.only_stale() for b in self.backends.values())
+                over = now - alone_since >= self._config.backend_wait_seconds
+                return error if hopeless or over else None
+            alone_since = None
+            return lease
+
+        result = poll()
+        if result is None:
+            result = await self._queue(poll, until=until, new_call=new_call)
+        if isinstance(result, NoBackendAvailableError):
+            raise result
+        return result
+
+    async def _queue(self, poll: Callable[[], Any], *, until: float, new_call: bool) -> Any:
+        limit = self._config.queue_timeout if new_call else None
+        if new_call and self._config.max_queue is not None and self.queued >= self._config.max_queue:
+            raise OverloadedError(
+                f"every slot is taken and {self.queued} calls wait already (max_queue={self._config.max_queue}): "
+                f"{self._pressure()}",
+                retry_after=self._retry_after(),
+            )
+        started = self._clock()
+        timeout = until - started if limit is None else min(limit, until - started)
+        try:
+            return await self.until(poll, timeout=timeout, is_call=new_call)
+        except TimeoutError:
+            if limit is not None and self._clock() < until:
+                raise OverloadedError(
+                    f"no slot became free within {limit:g} s (queue_timeout): {self._pressure()}",
+                    retry_after=self._retry_after(),
+                ) from None
+            raise
+
+    def _pressure(self) -> str:
+        if self._gate is not None:
+            return self._gate
+        reasons = {
+            b.url: b.why_ineligible() or b.why_blocked(Lane.GENERATE) or "is free" for b in self.backends.values()
+        }
+        return "; ".join(f"{url} {reason}" for url, reason in reasons.items())
+
+    def _retry_after(self) -> float:
+        return max(1.0, min((b.seconds_busy() for b in self.backends.values()), default=1.0))
+
+    async def until(self, poll: Callable[[], T | None], *, timeout: float, is_call: bool = False) -> T:
+        """Waits, in line, until `poll` returns something.
+
+        Raises:
+            `TimeoutError`: when it did not in time.
+        """
+        first = poll()
+        if first is not None:
+            return first
+        waiter = _Waiter(poll, asyncio.get_running_loop().create_future(), is_call)
+        self._waiters.append(waiter)
+        self._arm()
+        try:
+            async with asyncio.timeout(max(0.0, timeout)):
+                await waiter.future
+        except BaseException:
+            # The answer may have come in the same moment; nobody will use it.
+            if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
+                unused = waiter.future.result()
+                if isinstance(unused, Lease):
+                    unused.backend.release_unused(unused)
+            raise
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+        result: T = waiter.future.result()
+        return result
+
+    def changed(self) -> None:
+        """Something may let waiting work go on: look at it once this step is over."""
+        if self._waiters and self._notice is None:
+            self._notice = asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._notice = None
+        for waiter in list(self._waiters):
+            if waiter.future.done():
+                continue
+            try:
+                result = waiter.poll()
+            except Exception as error:
+                waiter.future.set_exception(error)
+                continue
+            if result is not None:
+                waiter.future.set_result(result)
+        self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiters:
+            waits = [b.breaker.seconds_until_trial() for b in self.backends.values()]
+            waits += [b.seconds_busy() for b in self.backends.values()]
+            delay = min([_POLL_SECONDS, *(w + 0.001 for w in waits if w > 0)])
+            self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+
+    def close(self) -> None:
+        """Stops looking; waiting work is cancelled by its owners."""
+        for handle in (self._timer, self._notice):
+            if handle is not None:
+                handle.cancel()
+        self._timer = self._notice = None

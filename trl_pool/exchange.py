@@ -1,0 +1,271 @@
+"""One HTTP exchange with one backend, and the one table that turns foreign errors into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from .addresses import BackendAddress
+from .config import PoolConfig
+from .errors import AttemptError, Outcome, RequestRejectedError
+
+STALE_SECONDS = 1.0
+"""How soon after sending a kept-alive connection has to break to count as one the server had closed before. Idle
+connections are closed by uvicorn after 5 s; the news of it crosses our request and arrives within a round trip."""
+
+KEEPALIVE_SECONDS = 4.0
+"""Idle connections are dropped on our side before uvicorn drops them."""
+
+MAX_RETRY_AFTER = 60.0
+
+OUTCOMES: dict[type[BaseException], Outcome] = {
+    httpx.ConnectError: Outcome.UNREACHED,
+    httpx.ConnectTimeout: Outcome.UNREACHED,
+    httpx.PoolTimeout: Outcome.UNREACHED,
+    httpx.ProxyError: Outcome.UNREACHED,
+    httpx.UnsupportedProtocol: Outcome.UNREACHED,
+    httpx.ReadError: Outcome.LOST,
+    httpx.WriteError: Outcome.LOST,
+    httpx.CloseError: Outcome.LOST,
+    httpx.RemoteProtocolError: Outcome.LOST,
+    httpx.LocalProtocolError: Outcome.LOST,
+    httpx.ReadTimeout: Outcome.TIMED_OUT,
+    httpx.WriteTimeout: Outcome.TIMED_OUT,
+    TimeoutError: Outcome.TIMED_OUT,
+    httpx.DecodingError: Outcome.BAD_ANSWER,
+    httpx.TooManyRedirects: Outcome.BAD_ANSWER,
+    OSError: Outcome.LOST,
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a backend answered."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+class _Trace:
+    """What httpx tells while it sends: whether the connection is new, and how far the exchange came."""
+
+    def __init__(self) -> None:
+        self.connected = self.sent = self.answered = self.seen = False
+
+    async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        self.seen = True
+        if event.startswith("connection.connect"):
+            self.connected = True
+        elif event.endswith("send_request_body.complete"):
+            self.sent = True
+        elif event.endswith("receive_response_headers.complete"):
+            self.answered = True
+
+    def stale(self, seconds: float) -> bool:
+        """Whether the exchange failed because the server had closed the kept connection before it."""
+        reused = self.seen and not self.connected
+        return reused and not self.answered and (not self.sent or seconds < STALE_SECONDS)
+
+
+class Exchange:
+    """HTTP to one backend.
+
+    Args:
+        address ([`BackendAddress`]): Where it is.
+        config ([`PoolConfig`]): For `connect_timeout` and `trust_env`.
+        transport (`httpx.AsyncBaseTransport`, *optional*): Instead of sockets.
+        user_agent (`str`): Sent with every request.
+        clock (`Callable[[], float]`, *optional*): Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        address: BackendAddress,
+        config: PoolConfig,
+        *,
+        transport: httpx.AsyncBaseTransport | None,
+        user_agent: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.url = address.url
+        self._clock = clock
+        self._shares_transport = transport is not None
+        common: dict[str, Any] = {
+            "transport": transport,
+            "trust_env": config.trust_env,
+            "timeout": httpx.Timeout(None, connect=config.connect_timeout),
+            "headers": {"user-agent": user_agent, "accept": "application/json"},
+            "follow_redirects": False,
+        }
+        self._client = httpx.AsyncClient(
+            **common,
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
+            ),
+        )
+        # Probes and control calls are never sent again, so they never take a connection that may be stale.
+        self._fresh = httpx.AsyncClient(
+            **common, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        )
+
+    async def aclose(self) -> None:
+        """Closes the connections; a transport that was given from outside is its owner's to close."""
+        if not self._shares_transport:
+            await self._client.aclose()
+            await self._fresh.aclose()
+
+    async def post(
+        self, path: str, body: bytes, *, timeout: float | None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Sends a request over a kept connection if there is one.
+
+        One that the server had closed meanwhile is replaced by a new one, once.
+
+        Raises:
+            [`AttemptError`]: when there is no answer.
+        """
+        trace = _Trace()
+        started = self._clock()
+        try:
+            return await self._send(self._client, "POST", path, body, timeout, headers, trace)
+        except AttemptError as error:
+            elapsed = self._clock() - started
+            if error.outcome is not Outcome.LOST or not trace.stale(elapsed):
+                raise
+            left = None if timeout is None else max(0.0, timeout - elapsed)
+            try:
+                return await self._send(self._fresh, "POST", path, body, left, headers, _Trace())
+            except AttemptError as second:
+                if second.outcome is Outcome.UNREACHED and trace.sent:
+                    # Not stale after all: the server died with the request in its hands.
+                    raise AttemptError(
+                        self.url,
+                        Outcome.LOST,
+                        f"{error.detail}, then {second.detail}",
+                        refused=second.refused,
+                    ) from second
+                raise
+
+    async def once(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        timeout: float | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Sends a request over a new connection, exactly once.
+
+        Raises:
+            [`AttemptError`]: when there is no answer.
+        """
+        return await self._send(self._fresh, method, path, body, timeout, headers, _Trace())
+
+    async def _send(
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: bytes | None,
+        timeout: float | None,
+        headers: Mapping[str, str] | None,
+        trace: _Trace,
+    ) -> Answer:
+        request = client.build_request(
+            method,
+            self.url + path,
+            content=body,
+            headers={**(headers or {}), **({"content-type": "application/json"} if body else {})},
+            extensions={"trace": trace},
+        )
+        # A given extensions dictionary replaces the client's own time-outs.
+        timeouts = client.timeout.as_dict()
+        if timeout is not None:
+            # Below the whole: "no connection" and "no answer" mean different things.
+            timeouts["connect"] = min(timeouts["connect"] or timeout, 0.8 * timeout)
+        request.extensions["timeout"] = timeouts
+        try:
+            async with asyncio.timeout(timeout):
+                response = await client.send(request)
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise translate(self.url, error, timeout) from error
+        return Answer(response.status_code, response.headers, response.content)
+
+
+def translate(url: str, error: BaseException, timeout: float | None) -> AttemptError:
+    """The table: a foreign error as ours."""
+    outcome = next((OUTCOMES[kind] for kind in type(error).__mro__ if kind in OUTCOMES), Outcome.LOST)
+    if isinstance(error, TimeoutError):
+        detail = f"no answer within {timeout:.1f} s"
+    else:
+        detail = str(error) or type(error).__name__
+    return AttemptError(url, outcome, detail, refused=_refused(error))
+
+
+def judge(url: str, answer: Answer) -> None:
+    """Sorts an answer by its status; returns for 200.
+
+    Raises:
+        [`RequestRejectedError`]: for a 4xx other than 429.
+        [`AttemptError`]: for everything else.
+    """
+    status = answer.status
+    if status == 200:
+        return
+    text = answer.body[:300].decode("utf-8", "replace")
+    retry_after = parse_retry_after(answer.headers.get("retry-after"))
+    if status == 429 or (status == 503 and retry_after is not None):
+        wait = 1.0 if retry_after is None else retry_after
+        raise AttemptError(url, Outcome.BUSY, f"{status}, {text}", status=status, retry_after=wait)
+    if status in (502, 503, 504):
+        raise AttemptError(url, Outcome.UNAVAILABLE, f"{status}, {text}", status=status)
+    if status >= 500:
+        raise AttemptError(url, Outcome.SERVER_ERROR, f"{status}, {text}", status=status)
+    if status >= 400:
+        raise RequestRejectedError(url, status, answer.body, answer.headers.get("content-type", "application/json"))
+    where = f" to {answer.headers['location']}" if "location" in answer.headers else ""
+    raise AttemptError(
+        url,
+        Outcome.BAD_ANSWER,
+        f"answered {status}{where} instead of 200; check that the address is the server's own",
+        status=status,
+    )
+
+
+def parse_retry_after(value: str | None, *, now: Callable[[], float] = time.time) -> float | None:
+    """Seconds to wait from a `Retry-After` header (seconds or a date), between 0 and 60; `None` without one."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER) if seconds == seconds else None
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether a refused connection is at the bottom of an error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ConnectionRefusedError) or "refused" in str(error).lower():
+            return True
+        if "All connection attempts failed" in str(error):  # anyio's words for refused on every address
+            causes = error.__cause__
+            if isinstance(causes, BaseExceptionGroup):
+                return all(_refused(cause) for cause in causes.exceptions)
+        if isinstance(error, BaseExceptionGroup):
+            return all(_refused(cause) for cause in error.exceptions)
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,158 @@
+"""Probes: what they find goes into each backend's health, and into nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import msgspec
+
+from .backend import SIMULATED, Backend
+from .config import PoolConfig
+from .errors import AttemptError, Outcome
+from .facts import Health
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.05
+
+_VANISHED_PROBES = 5
+"""Probes in a row without even a connection after which requests that are out are given up. TCP outlives a short
+network outage, and so should a rollout of many minutes."""
+
+
+class LagMeter:
+    """How late our own event loop is. A probe that expired while it was late proves nothing about the server.
+
+    Args:
+        clock (`Callable[[], float]`, *optional*): Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.worst = 0.0
+
+    @contextlib.asynccontextmanager
+    async def measuring(self) -> AsyncIterator[LagMeter]:
+        """Measures while the block runs."""
+        self.worst = 0.0
+        ticker = asyncio.create_task(self._tick())
+        try:
+            yield self
+        finally:
+            ticker.cancel()
+
+    async def _tick(self) -> None:
+        while True:
+            due = self._clock() + _TICK_SECONDS
+            await asyncio.sleep(_TICK_SECONDS)
+            self.worst = max(self.worst, self._clock() - due)
+
+
+class HealthMonitor:
+    """Probes backends, at once on demand and every `health_interval` in the background.
+
+    Args:
+        backends (`Callable[[], Iterable[Backend]]`): Whom to probe.
+        config ([`PoolConfig`]): Interval and time-out.
+        rng (`random.Random`): For the jitter between rounds.
+        changed (`Callable[[], None]`): Called after every round.
+    """
+
+    def __init__(
+        self,
+        backends: Callable[[], Iterable[Backend]],
+        config: PoolConfig,
+        *,
+        rng: random.Random,
+        changed: Callable[[], None],
+    ) -> None:
+        self._backends, self._config, self._rng, self._changed = backends, config, rng, changed
+        self._loop_task: asyncio.Task[None] | None = None
+        self._urgent: dict[str, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        """Starts the background rounds; a second time does nothing."""
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._run(), name="trl-pool-health")
+
+    async def aclose(self) -> None:
+        """Ends every probe."""
+        tasks = [*self._urgent.values(), *([self._loop_task] if self._loop_task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.health_interval * self._rng.uniform(0.9, 1.1))
+            try:
+                await self.probe_once()
+            except Exception:
+                logger.exception("A round of health probes failed; the next one goes on")
+
+    def probe_soon(self, backend: Backend) -> None:
+        """Probes one backend now, in the background, unless that is under way."""
+        if backend.name not in self._urgent:
+            task = asyncio.create_task(self.probe_once([backend]))
+            self._urgent[backend.name] = task
+            task.add_done_callback(lambda _: self._urgent.pop(backend.name, None))
+
+    async def probe_once(self, backends: Iterable[Backend] | None = None, *, timeout: float | None = None) -> None:
+        """One round over all backends, or some, at the same time.
+
+        Args:
+            backends (`Iterable[Backend]`, *optional*): Whom; everybody by default.
+            timeout (`float`, *optional*): Seconds, at most `health_timeout`.
+        """
+        whom = list(self._backends() if backends is None else backends)
+        limit = self._config.health_timeout if timeout is None else min(timeout, self._config.health_timeout)
+        async with LagMeter().measuring() as lag:
+            await asyncio.gather(*(self._probe(backend, limit, lag) for backend in whom))
+        self._changed()
+
+    async def _probe(self, backend: Backend, timeout: float, lag: LagMeter) -> None:
+        before = backend.health.state
+        # Work that ends while the probe is under way explains its silence as well as work that is still out.
+        busy = backend.working
+        try:
+            answer = await backend.exchange.once("GET", backend.dialect.health_path, timeout=timeout)
+        except AttemptError as error:
+            if error.refused:
+                backend.gone(error.detail)
+            elif error.outcome is Outcome.TIMED_OUT:
+                backend.health.silent(
+                    busy=busy or backend.working,
+                    lagged=lag.worst > timeout / 4,
+                    reason=f"health probe not answered within {timeout:g} s",
+                )
+            else:
+                backend.health.unreachable(error.detail)
+                if backend.health.unreached >= _VANISHED_PROBES:
+                    # No process left to close our connections: without this they would wait for request_timeout.
+                    backend.may_have_restarted(f"it could not be reached: {error.detail}")
+                    backend.break_off(Outcome.LOST, f"its host has vanished ({error.detail})")
+        else:
+            if answer.status == 200:
+                backend.simulated = answer.headers.get("server") == SIMULATED
+                if backend.health.answered(_model_version(answer.body)):
+                    backend.breaker.server_restarted()
+            else:
+                backend.health.wrong(f"health probe answered {answer.status}")
+        if backend.health.state is not before:
+            level = logging.WARNING if backend.health.state in (Health.DOWN, Health.SUSPECT) else logging.INFO
+            logger.log(level, "%s is %s %s", backend.url, backend.health.state.value, backend.health.reason)
+
+
+def _model_version(body: bytes) -> str | None:
+    """`model_version` of a health answer; TRL's own servers send none."""
+    try:
+        answer = msgspec.json.decode(body)
+    except ValueError:
+        return None
+    version = answer.get("model_version") if isinstance(answer, dict) else None
+    return None if version is None else str(version)

@@ -1,0 +1,766 @@
+"""The pool, asynchronous: the one place where balancing, health, breakers and weights meet."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextvars
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Self
+
+import anyio.to_thread
+import httpx
+import msgspec
+
+from . import validation
+from ._version import __version__
+from .addresses import BackendAddress, parse_backends
+from .backend import Backend, BackendStatistics, find
+from .config import PoolConfig
+from .dialects.base import Dialect, Job
+from .dialects.trl import TrlDialect
+from .dialects.trl_requests import ChatRequest, GenerateRequest, SequenceLogprobsRequest
+from .dispatch import Dispatcher
+from .errors import (
+    AttemptError,
+    BackendMismatchError,
+    BackendsUnreachableError,
+    ConfigurationError,
+    ControlError,
+    ForkedProcessError,
+    InvalidRequestError,
+    Outcome,
+    PoolClosedError,
+    WeightSyncError,
+)
+from .exchange import Exchange, judge
+from .health import HealthMonitor
+from .rollout import ProgressBar, Rollout, RolloutResult, Route
+from .weights.coordinator import WeightCoordinator, require_all
+from .weights.transport import ControlOnlyTransport, GroupMember, WeightTransport
+
+logger = logging.getLogger(__name__)
+
+USER_AGENT = f"trl_pool/{__version__}"
+
+DEFAULT_HOST = "0.0.0.0"
+DEFAULT_PORT = 8000
+DEFAULT_GROUP_PORT = 51216
+
+caller: contextvars.ContextVar[object] = contextvars.ContextVar("trl_pool_caller", default=None)
+"""Who calls. The synchronous face sets it to the calling thread: a weight update may be ended by a `generate` of the
+thread that makes it, and by nobody else's."""
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """The pool at one moment.
+
+    Args:
+        backends (`tuple[BackendStatistics, ...]`): Every backend.
+        waiting (`int`): Pieces of work that wait for a slot.
+        weight_version (`str`): `<run id>:<n>`, n counting the weight updates.
+        gate (`str` or `None`): Why no request is sent to anybody now (a weight update), or `None`.
+    """
+
+    backends: tuple[BackendStatistics, ...]
+    waiting: int
+    weight_version: str
+    gate: str | None
+
+
+def resolve_backends(
+    base_url: str | Iterable[str] | None, host: str, server_port: int
+) -> tuple[list[BackendAddress], bool]:
+    """Which backends the constructor's arguments mean, and whether they came from the environment.
+
+    `base_url` wins, then `host` and `server_port` if one of them was given, then `BACKENDS`.
+    """
+    if base_url is not None:
+        return parse_backends(base_url), False
+    if (host, server_port) == (DEFAULT_HOST, DEFAULT_PORT) and os.environ.get("BACKENDS", "").strip():
+        try:
+            return parse_backends(os.environ["BACKENDS"]), True
+        except ConfigurationError as error:
+            raise ConfigurationError(f"BACKENDS={os.environ['BACKENDS']!r}: {error}") from None
+    return parse_backends(f"http://{f'[{host}]' if ':' in host else host}:{server_port}"), False
+
+
+class AsyncVLLMClientPool:
+    """Many `trl vllm-serve` servers behind the methods of TRL's `VLLMClient`, for asyncio.
+
+    Used as `async with AsyncVLLMClientPool(...) as pool:`, which waits for the servers as
+    [`~AsyncVLLMClientPool.check_server`] does.
+
+    Args:
+        base_url (`str` or `Iterable[str]`, *optional*):
+            One or more servers' URLs, as a list or separated by commas. Without it `host` and `server_port` if given,
+            otherwise the environment variable `BACKENDS`.
+        host (`str`, *optional*, defaults to `"0.0.0.0"`): Address of a single server.
+        server_port (`int`, *optional*, defaults to `8000`): Port of a single server.
+        group_port (`int`, *optional*, defaults to `51216`):
+            Port of the weight update group. Servers that share a host get consecutive ones.
+        connection_timeout (`float`, *optional*, defaults to `0.0`):
+            Seconds to wait for the servers to be up.
+        config ([`PoolConfig`], *optional*):
+            Settings; the defaults, or the environment's if the backends came from `BACKENDS`.
+        transport (`httpx.AsyncBaseTransport`, *optional*):
+            Used instead of sockets, `httpx.MockTransport` for example. It is not closed by the pool.
+        session_id (`str`, *optional*): Default of the calls' `session_id`.
+        weight_transport ([`WeightTransport`], *optional*):
+            Moves tensors to the servers. Without one only simulated servers and mocked transports can be "updated".
+        clock (`Callable[[], float]`, *optional*): Monotonic seconds.
+        rng (`random.Random`, *optional*): Decides ties.
+
+    Raises:
+        [`ConfigurationError`]: for addresses that make no sense.
+    """
+
+    def __init__(
+        self,
+        base_url: str | Iterable[str] | None = None,
+        host: str = DEFAULT_HOST,
+        server_port: int = DEFAULT_PORT,
+        group_port: int = DEFAULT_GROUP_PORT,
+        connection_timeout: float = 0.0,
+        *,
+        config: PoolConfig | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        session_id: str | None = None,
+        weight_transport: WeightTransport | None = None,
+        control_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        addresses, from_env = resolve_backends(base_url, host, server_port)
+        if config is None:
+            config = PoolConfig.from_env() if from_env else PoolConfig()
+        self.config = config
+        self.group_port, self.session_id = group_port, session_id
+        self._connection_timeout = connection_timeout
+        self._transport, self._weight_transport = transport, weight_transport
+        self._control_only = control_only
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._pid = os.getpid()
+        self._closed = False
+        self._dialect: Dialect = TrlDialect()
+        self._dispatcher = Dispatcher(config, clock=clock, rng=self._rng)
+        self._weights = WeightCoordinator(self._dispatcher, config, clock=clock, all_or_nothing=control_only)
+        self._monitor = HealthMonitor(
+            lambda: self._dispatcher.backends.values(),
+            config,
+            rng=self._rng,
+            changed=self._dispatcher.changed,
+        )
+        for address in addresses:
+            self._dispatcher.add(self._backend(address))
+
+    def _backend(self, address: BackendAddress) -> Backend:
+        return Backend(
+            address,
+            dialect=self._dialect,
+            config=self.config,
+            exchange=Exchange(
+                address, self.config, transport=self._transport, user_agent=USER_AGENT, clock=self._clock
+            ),
+            clock=self._clock,
+            required_weights=lambda: self._weights.number,
+            changed=self._dispatcher.changed,
+            doubted=self._monitor.probe_soon,
+        )
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.check_server(self._connection_timeout)
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes communicators (in bounded time) and connections. A second time, and in a forked child, nothing."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                if self._weights.group and not self._control_only:
+                    await self._weights.close_groups()
+        except TimeoutError:
+            logger.warning("Closing communicators took longer than %g s; left behind", CLOSE_SECONDS)
+        finally:
+            self._weights.close()
+            self._dispatcher.close()
+            await self._monitor.aclose()
+            for backend in self._dispatcher.backends.values():
+                await backend.aclose()
+
+    def __repr__(self) -> str:
+        return describe(type(self).__name__, self)
+
+    def _open(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"{type(self).__name__} was made in process {self._pid} and cannot be used in its forked child "
+                f"{os.getpid()}; make one there, or use it in the parent only"
+            )
+        if self._closed:
+            raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
+
+    # Mirrored from VLLMClient
+
+    async def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
+        """Waits until all servers are up or the time is over, then goes on if at least `min_backends` are.
+
+        Servers that come up later join by themselves.
+
+        Args:
+            total_timeout (`float`, *optional*, defaults to `0.0`):
+                Seconds to wait. It also holds for servers that accept a connection and answer nothing, or an error.
+            retry_interval (`float`, *optional*, defaults to `2.0`): Seconds between two tries.
+
+        Raises:
+            `requests.ConnectionError` ([`BackendsUnreachableError`]): when fewer than `min_backends` are up in time.
+        """
+        self._open()
+        started = self._clock()
+        while True:
+            left = max(0.0, total_timeout - (self._clock() - started))
+            down = [b for b in self._dispatcher.backends.values() if not b.health.usable]
+            await self._monitor.probe_once(down, timeout=left if left > 0 and total_timeout > 0 else None)
+            missing = [b for b in down if not b.health.usable]
+            left = max(0.0, total_timeout - (self._clock() - started))
+            if not missing or left <= 0:
+                break
+            logger.info(
+                "%d of %d servers are not up yet (%s); retrying in %g s",
+                len(missing),
+                len(self._dispatcher.backends),
+                ", ".join(b.url for b in missing),
+                min(retry_interval, left),
+            )
+            await asyncio.sleep(min(retry_interval, left))
+        up = len(self._dispatcher.backends) - len(missing)
+        reasons = {b.url: b.why_ineligible() or b.health.reason for b in missing}
+        if up < self.config.min_backends:
+            raise BackendsUnreachableError(
+                reasons,
+                headline=(
+                    f"{up} of {len(self._dispatcher.backends)} vLLM servers reached after {total_timeout:g} s, "
+                    f"min_backends={self.config.min_backends}; make sure that they run (`trl vllm-serve`) and that "
+                    "the addresses are right"
+                ),
+            )
+        for url, reason in reasons.items():
+            logger.warning("Starting without %s, which %s; it joins when it comes up", url, reason)
+        self._monitor.start()
+
+    async def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        images: Sequence[Any] | None = None,
+        n: int = 1,
+        repetition_penalty: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_tokens: int = 16,
+        logprobs: int | None = 0,
+        structured_outputs_regex: str | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        *,
+        session_id: str | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """Generates completions; the prompts are spread over the servers.
+
+        Args:
+            prompts (`list[str]` or `list[list[int]]`): Texts or token ids.
+            images (`list[list[PIL.Image] | None]`, *optional*): Per prompt.
+            n (`int`, *optional*, defaults to `1`): Completions per prompt.
+            repetition_penalty (`float`, *optional*, defaults to `1.0`): As vLLM's.
+            temperature (`float`, *optional*, defaults to `1.0`): As vLLM's.
+            top_p (`float`, *optional*, defaults to `1.0`): As vLLM's.
+            top_k (`int`, *optional*, defaults to `0`): As vLLM's; 0 is off.
+            min_p (`float`, *optional*, defaults to `0.0`): As vLLM's.
+            max_tokens (`int`, *optional*, defaults to `16`): Most tokens per completion.
+            logprobs (`int` or `None`, *optional*, defaults to `0`):
+                Most probable tokens whose logprobs are returned besides the sampled one's; `None` for none at all.
+            structured_outputs_regex (`str`, *optional*): Restricts the output.
+            generation_kwargs (`dict`, *optional*): Further `SamplingParams`; they win over the arguments.
+            session_id (`str`, *optional*): Keeps the request on one server; the pool's default otherwise.
+            progress (`bool`, *optional*): Whether to show a progress bar; `config.progress` otherwise.
+
+        Returns:
+            `dict` with keys:
+                - `prompt_ids` (`list[list[int]]`): `[prompt][token]`.
+                - `completion_ids` (`list[list[int]]`): `[prompt × n][token]`, the completions of a prompt together.
+                - `logprobs` (`list[list[list[float]]]` or `None`): `[prompt × n][token][k]`, descending.
+                - `logprob_token_ids` (`list[list[list[int]]]` or `None`): The tokens of `logprobs`.
+
+        Raises:
+            `ValueError` ([`InvalidRequestError`]): for arguments that a server would refuse or die of.
+            [`RequestRejectedError`]: when a server answered 4xx.
+            `requests.ConnectionError` ([`NoBackendAvailableError`], [`RolloutError`]): when nobody could serve it.
+            `requests.Timeout` ([`RolloutTimeoutError`]): after `total_timeout`.
+        """
+        self._open()
+        if images:
+            images = await anyio.to_thread.run_sync(_encode_images, images)
+        request = validation.parse(
+            GenerateRequest,
+            {
+                "prompts": prompts,
+                "images": images,
+                "n": n,
+                "repetition_penalty": repetition_penalty,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "max_tokens": max_tokens,
+                "logprobs": logprobs,
+                "structured_outputs_regex": structured_outputs_regex,
+                "generation_kwargs": generation_kwargs or {},
+            },
+        )
+        job = validation.generate_job(request, self.config)
+        return await self._value(job, self._route(session_id), progress, "generate")
+
+    async def chat(
+        self,
+        messages: Sequence[Sequence[Mapping[str, Any]]],
+        n: int = 1,
+        repetition_penalty: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_tokens: int = 16,
+        logprobs: int | None = 0,
+        structured_outputs_regex: str | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        *,
+        session_id: str | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """Generates completions for conversations; the conversations are spread over the servers.
+
+        Args:
+            messages (`list[list[dict]]`):
+                Conversations. A part `{"type": "image_pil", "image_pil": image}` travels as a PNG.
+            chat_template_kwargs (`dict`, *optional*): Passed to the chat template.
+            tools (`list`, *optional*): JSON schemas, or functions that `transformers` makes them of.
+            chat_template (`str`, *optional*): Not supported by these servers.
+
+        The other arguments, the result and the errors are those of [`~AsyncVLLMClientPool.generate`].
+
+        Raises:
+            `NotImplementedError`: for a `chat_template`, as TRL's client.
+        """
+        self._open()
+        if chat_template is not None:
+            raise NotImplementedError(
+                "Custom chat templates cannot be sent to `trl vllm-serve`; save the template with the tokenizer."
+            )
+        request = validation.parse(
+            ChatRequest,
+            {
+                "messages": await anyio.to_thread.run_sync(_encode_messages, messages),
+                "n": n,
+                "repetition_penalty": repetition_penalty,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "max_tokens": max_tokens,
+                "logprobs": logprobs,
+                "structured_outputs_regex": structured_outputs_regex,
+                "generation_kwargs": generation_kwargs or {},
+                "chat_template_kwargs": chat_template_kwargs or {},
+                "tools": None if tools is None else [_tool_schema(tool) for tool in tools],
+            },
+        )
+        job = validation.chat_job(request, self.config)
+        return await self._value(job, self._route(session_id), progress, "chat")
+
+    async def get_sequence_logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        top_logprobs: int = 100,
+        temperature: float = 1.0,
+        use_binary: bool = True,
+        chunk_size: int = 0,
+        max_concurrent_requests: int = 4,
+        *,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """Scores sequences; they are spread over the servers. No server scores while it generates.
+
+        Args:
+            sequences (`list[list[int]]`): Prompt and completion, as token ids.
+            prompt_lengths (`list[int]`): How many tokens of each are the prompt.
+            top_logprobs (`int`, *optional*, defaults to `100`):
+                Most probable tokens per position. More than the servers return (`max_logprobs`, 20 unless set) kills
+                a real server's worker, so it is refused here.
+            temperature (`float`, *optional*, defaults to `1.0`): Must be positive.
+            use_binary (`bool`, *optional*, defaults to `True`): Whether the answer travels as arrays.
+            chunk_size (`int`, *optional*, defaults to `0`): Most sequences per request; 0 sends each server its share
+                in one.
+            max_concurrent_requests (`int`, *optional*, defaults to `4`): Chunks that one server has at once.
+
+        Returns:
+            `dict` with keys:
+                - `logprobs` (`list[list[list[float]]]`): `[sequence][completion token][k]`, descending.
+                - `logprob_token_ids` (`list[list[list[int]]]`): The tokens of `logprobs`.
+                - `actual_logprobs`, `actual_token_ids` (`[sequence][completion token][1]`): The tokens that are there;
+                  with `use_binary` only.
+
+        Raises:
+            `ValueError` ([`InvalidRequestError`]): for a temperature ≤ 0 and other impossible arguments.
+            The rest as [`~AsyncVLLMClientPool.generate`].
+        """
+        self._open()
+        if chunk_size < 0 or max_concurrent_requests < 1:
+            raise InvalidRequestError(
+                f"chunk_size={chunk_size} must not be negative, "
+                f"max_concurrent_requests={max_concurrent_requests} must be at least 1"
+            )
+        request = validation.parse(
+            SequenceLogprobsRequest,
+            {
+                "sequences": sequences,
+                "prompt_lengths": prompt_lengths,
+                "top_logprobs": top_logprobs,
+                "temperature": temperature,
+                "response_format": "binary" if use_binary else "json",
+            },
+        )
+        job = validation.score_job(request, self.config)
+        route = Route(None, chunk_size, max_concurrent_requests if chunk_size else 1)
+        return await self._value(job, route, progress, "score")
+
+    async def get_world_size(self) -> int:
+        """The world size (tensor × data parallel) of one server: each has a weight update group of its own.
+
+        Raises:
+            [`BackendMismatchError`]: when the servers differ, naming them.
+            [`ControlError`]: when one does not say.
+        """
+        self._open()
+        sizes = await self._world_sizes(self._weights.reachable())
+        if not sizes:
+            raise ControlError("No server to ask for its world size", self._dispatcher.reasons())
+        if len(set(sizes.values())) > 1:
+            raise BackendMismatchError(
+                "The servers differ in world size",
+                {self._dispatcher.backends[name].url: f"has {size}" for name, size in sizes.items()},
+            )
+        return next(iter(sizes.values()))
+
+    async def _world_sizes(self, backends: Sequence[Backend]) -> dict[str, int]:
+        async def ask(backend: Backend) -> int | str:
+            try:
+                answer = await backend.exchange.once(
+                    "GET", backend.dialect.world_size_path, timeout=self.config.control_timeout
+                )
+                judge(backend.url, answer)
+                return int(msgspec.json.decode(answer.body, type=dict[str, int])["world_size"])
+            except (AttemptError, ValueError, KeyError) as error:
+                return str(error)
+
+        answers = await asyncio.gather(*(ask(backend) for backend in backends))
+        failed = {b.url: a for b, a in zip(backends, answers, strict=True) if isinstance(a, str)}
+        if failed:
+            raise ControlError("Could not learn the world size", failed)
+        return {b.name: a for b, a in zip(backends, answers, strict=True) if isinstance(a, int)}
+
+    async def reset_prefix_cache(self) -> None:
+        """Resets the servers' prefix caches. After `update_named_param` it ends the update and publishes it.
+
+        Raises:
+            [`ControlError`]: when it failed on every server.
+        """
+        self._open()
+        results = await self._weights.reset_caches()
+        if not any(result.ok for result in results.values()):
+            require_all("Resetting the prefix caches", results)
+
+    async def init_communicator(self, device: Any = 0) -> None:
+        """Makes a weight update group with every server that is up: one each, because a `trl` server is the master of
+        its own.
+
+        Args:
+            device (`torch.device`, `str` or `int`, *optional*, defaults to `0`): The trainer's device.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` servers take part, or tensors could not be moved.
+        """
+        self._open()
+        members = self._weights.reachable()
+        transport = self._transport_for(members)
+        sizes = await self._world_sizes(members)
+        groups = []
+        bodies = {}
+        ports: dict[str, int] = {}
+        for backend in members:
+            # Each server's worker binds the port on its own host, so servers that share a host need different ones.
+            host = backend.address.host
+            port = ports.get(host, self.group_port)
+            ports[host] = port + 1
+            world_size = sizes[backend.name] + 1
+            groups.append(GroupMember(backend.name, host, port, world_size, world_size - 1))
+            bodies[backend.name] = msgspec.json.encode(
+                {
+                    "host": "0.0.0.0",
+                    "port": port,
+                    "world_size": world_size,
+                    "client_device_uuid": transport.device_uuid(device),
+                }
+            )
+        results = await self._weights.open_groups(bodies, members, fresh=True)
+        joined = [group for group in groups if results[group.backend].ok]
+        if len(joined) < self.config.min_backends:
+            raise WeightSyncError("Too few servers for weight updates", {r.url: str(r) for r in results.values()})
+        self._weights.transport = transport
+        await self._weights.join(joined, device)
+
+    def _transport_for(self, members: Sequence[Backend]) -> WeightTransport:
+        if self._weight_transport is not None:
+            return self._weight_transport
+        real = [backend.url for backend in members if not backend.simulated]
+        if real and self._transport is None:
+            raise WeightSyncError(
+                "This release announces weight updates but moves no tensors; a server that waits for them would "
+                "hang, so it was not asked. Pass weight_transport=",
+                dict.fromkeys(real, "is a real server"),
+            )
+        return ControlOnlyTransport()
+
+    async def update_named_param(self, name: str, weights: Any) -> None:
+        """Sends one parameter to every server of the group. The first of an update closes the gate for requests and
+        waits for those that are out; [`~AsyncVLLMClientPool.reset_prefix_cache`] or the next generation ends it.
+
+        A server that fails drops out and is out of sync; the update goes on with the others.
+
+        Args:
+            name (`str`): Name of the parameter.
+            weights (`torch.Tensor`): Its new value.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` servers are left.
+        """
+        self._open()
+        body = msgspec.json.encode(
+            {"name": name, "dtype": str(weights.dtype), "shape": [int(size) for size in weights.shape]}
+        )
+        await self._weights.announce(body, tensor=weights, owner=caller.get())
+
+    async def update_model_params(self, model: Any) -> None:
+        """Sends every parameter of a model.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+        """
+        for name, parameter in model.named_parameters():
+            await self.update_named_param(name, parameter.data)
+
+    async def close_communicator(self) -> None:
+        """Closes the weight update groups. Servers that are gone are passed over, as TRL's client does.
+
+        Raises:
+            [`ControlError`]: when a server answered with an error.
+        """
+        self._open()
+        results = await self._weights.close_groups()
+        require_all(
+            "Closing the communicators",
+            {name: result for name, result in results.items() if result.ok or result.status is not None},
+        )
+
+    # Beyond VLLMClient
+
+    async def submit(
+        self,
+        job: Job,
+        *,
+        session_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        progress: ProgressBar | None = None,
+        route: Route | None = None,
+    ) -> RolloutResult:
+        """Serves a checked job; what [`~AsyncVLLMClientPool.generate`] and the gateway's routes are made of."""
+        self._open()
+        if self._weights.updating and not self._control_only and self._weights.owner == caller.get():
+            await self._weights.reset_caches()
+        rollout = Rollout(
+            job,
+            route or self._route(session_id),
+            dialect=self._dialect,
+            dispatcher=self._dispatcher,
+            config=self.config,
+            clock=self._clock,
+            headers=headers,
+            progress=progress,
+        )
+        return await rollout.run()
+
+    def _route(self, session_id: str | None) -> Route:
+        return Route(self.session_id if session_id is None else session_id)
+
+    async def _value(self, job: Job, route: Route, progress: bool | None, what: str) -> dict[str, Any]:
+        if not (self.config.progress if progress is None else progress):
+            return (await self.submit(job, route=route)).value
+        from tqdm import tqdm
+
+        with tqdm(total=len(job.units), desc=what, unit="prompt", leave=False) as bar:
+            return (await self.submit(job, route=route, progress=bar)).value
+
+    def statistics(self) -> PoolStatistics:
+        """The pool at this moment."""
+        return PoolStatistics(
+            backends=tuple(backend.statistics() for backend in self._dispatcher.backends.values()),
+            waiting=self._dispatcher.waiting,
+            weight_version=self._weights.version,
+            gate=self._dispatcher.gate,
+        )
+
+    @property
+    def weights(self) -> WeightCoordinator:
+        """The coordinator of weight updates."""
+        return self._weights
+
+    @property
+    def dialect(self) -> Dialect:
+        """The fleet's protocol."""
+        return self._dialect
+
+    async def add_backend(self, url: str) -> str:
+        """Adds a server; it takes requests once a probe has found it. After a weight update it waits for the next.
+
+        Returns:
+            `str`: Its name.
+
+        Raises:
+            [`ConfigurationError`]: for a malformed address, or one that is there already.
+        """
+        self._open()
+        address = BackendAddress.parse(url)
+        if address.name in self._dispatcher.backends:
+            raise ConfigurationError(f"backend {address.url} is in the pool already")
+        backend = self._backend(address)
+        if self._weights.number or self._weights.updating:
+            backend.sync.lost("it joined after the last update")
+        self._dispatcher.add(backend)
+        await self._monitor.probe_once([backend])
+        logger.info("Added %r", backend)
+        return backend.name
+
+    async def drain_backend(self, name: str, *, timeout: float | None = None) -> None:
+        """Gives a server no further requests and waits for those it has.
+
+        Args:
+            name (`str`): Its name or URL.
+            timeout (`float`, *optional*): Seconds to wait, `config.drain_timeout` by default.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+            `TimeoutError`: when its requests did not end in time; it stays draining.
+        """
+        self._open()
+        backend = find(self._dispatcher.backends, name)
+        backend.draining = True
+        self._dispatcher.changed()
+        limit = self.config.drain_timeout if timeout is None else timeout
+        await self._dispatcher.until(lambda: None if backend.inflight else True, timeout=limit)
+
+    async def remove_backend(self, name: str, drain: bool = True, *, timeout: float | None = None) -> None:
+        """Takes a server out of the pool.
+
+        Args:
+            name (`str`): Its name or URL.
+            drain (`bool`, *optional*, defaults to `True`):
+                Whether its requests may end first. Otherwise they are broken off and served elsewhere.
+            timeout (`float`, *optional*): Seconds that draining may take; then the rest is broken off.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+        """
+        self._open()
+        backend = find(self._dispatcher.backends, name)
+        backend.draining = True
+        if drain:
+            try:
+                await self.drain_backend(name, timeout=timeout)
+            except TimeoutError:
+                logger.warning("%s did not drain in time; breaking off %d requests", backend.url, backend.inflight)
+        self._dispatcher.remove(backend)
+        backend.break_off(Outcome.UNAVAILABLE, "it was removed from the pool")
+        await backend.aclose()
+        logger.info("Removed %s", backend.url)
+
+
+CLOSE_SECONDS = 5.0
+"""Longest time that closing a pool may take."""
+
+
+def describe(kind: str, pool: AsyncVLLMClientPool) -> str:
+    """A pool's `repr`: which backends, which are eligible, why the others are not."""
+    statistics = pool.statistics()
+    eligible = sum(backend.eligible for backend in statistics.backends)
+    backends = "; ".join(f"{b.name} {b.reason or b.health}, {b.inflight} in flight" for b in statistics.backends)
+    gate = f", {statistics.gate}" if statistics.gate else ""
+    return (
+        f"<{kind} {eligible} of {len(statistics.backends)} backends eligible, weights {statistics.weight_version}"
+        f"{gate}: {backends}>"
+    )
+
+
+def _encode_images(images: Sequence[Any]) -> list[list[str] | None]:
+    return [None if few is None else [_png(image) for image in few] for few in images]
+
+
+def _png(image: Any) -> str:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _encode_messages(messages: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Copies of the conversations with their PIL images as base64 PNGs; the caller's stay as they are."""
+    return [[_encode_message(message) for message in conversation] for conversation in messages]
+
+
+def _encode_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    encoded = dict(message)
+    if isinstance(encoded.get("content"), list):
+        encoded["content"] = [
+            {**part, "image_pil": _png(part["image_pil"])} if part.get("type") == "image_pil" else part
+            for part in encoded["content"]
+        ]
+    return encoded
+
+
+def _tool_schema(tool: Any) -> Any:
+    if not callable(tool):
+        return tool
+    from transformers.utils import get_json_schema
+
+    return get_json_schema(tool)

@@ -1,0 +1,352 @@
+"""One call: its prompts are split, leased, sent, failed over and merged here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from . import balancer, retry
+from .backend import Backend, Lane, Lease
+from .breaker import Verdict
+from .config import PoolConfig
+from .dialects.base import Dialect, Endpoint, Job
+from .dispatch import Dispatcher, Want
+from .errors import (
+    Attempt,
+    AttemptError,
+    NoBackendAvailableError,
+    Outcome,
+    OverloadedError,
+    RequestRejectedError,
+    RolloutError,
+    RolloutTimeoutError,
+)
+from .exchange import judge
+
+logger = logging.getLogger(__name__)
+
+
+class ProgressBar(Protocol):
+    """What is needed of a tqdm bar."""
+
+    def update(self, n: float | None = 1) -> bool | None: ...
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a call's prompts find their backends.
+
+    Args:
+        session_id (`str`, *optional*): Keeps the whole call on one backend.
+        chunk_size (`int`, *optional*, defaults to `0`): Most prompts per request; 0 is unbounded.
+        per_backend (`int`, *optional*, defaults to `1`): Requests of this call that a backend has at once.
+    """
+
+    session_id: str | None = None
+    chunk_size: int = 0
+    per_backend: int = 1
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """What a call gave.
+
+    Args:
+        value (`dict`): The merged answer.
+        backends (`tuple[str, ...]`): Names of the backends that served it, in the order of the prompts.
+    """
+
+    value: dict[str, Any]
+    backends: tuple[str, ...]
+
+
+class _Suspicion:
+    """A 500 or a broken answer: the backend's fault if others serve all its prompts, the request's if they fail
+    alike."""
+
+    def __init__(self, backend: Backend, indices: Sequence[int], reason: str) -> None:
+        self.backend, self.open, self.reason = backend, set(indices), reason
+
+
+class Rollout:
+    """One call under way.
+
+    Args:
+        job ([`Job`]): What is asked; already checked.
+        route ([`Route`]): How its prompts find their backends.
+        dialect ([`Dialect`]): The fleet's protocol.
+        dispatcher ([`Dispatcher`]): Gives leases.
+        config ([`PoolConfig`]): Time-outs and limits.
+        clock (`Callable[[], float]`): Monotonic seconds.
+        headers (`Mapping[str, str]`, *optional*): Sent along (a request id).
+        progress ([`ProgressBar`], *optional*): Told of every prompt that is done.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        route: Route,
+        *,
+        dialect: Dialect,
+        dispatcher: Dispatcher,
+        config: PoolConfig,
+        clock: Callable[[], float],
+        headers: Mapping[str, str] | None = None,
+        progress: ProgressBar | None = None,
+    ) -> None:
+        self._job, self._route, self._dialect = job, route, dialect
+        self._dispatcher, self._config, self._clock = dispatcher, config, clock
+        self._headers, self._progress = headers, progress
+        self._lane = Lane.SCORE if job.endpoint is Endpoint.SCORE else Lane.GENERATE
+        self._path = dialect.path(job.endpoint)
+        self._deadline = clock() + config.total_timeout
+        count = len(job.units)
+        self._answers: list[Any] = [None] * count
+        self._served_by: list[str | None] = [None] * count
+        self._history: list[list[Attempt]] = [[] for _ in range(count)]
+        self._costs = [0] * count
+        self._errors = [0] * count
+        self._given_up: set[int] = set()
+        self._outstanding: dict[str, int] = {}
+        self._charged: set[str] = set()
+        self._suspicions: list[_Suspicion] = []
+        self._no_backend: NoBackendAvailableError | OverloadedError | None = None
+
+    async def run(self) -> RolloutResult:
+        """Serves every prompt, or raises with what was served.
+
+        Raises:
+            [`RequestRejectedError`]: a backend answered 4xx.
+            [`NoBackendAvailableError`], [`OverloadedError`]: nothing could be sent.
+            [`RolloutError`], [`RolloutTimeoutError`]: some prompts have no answer; the error carries the others.
+        """
+        try:
+            async with asyncio.timeout(self._deadline - self._clock()):
+                await self._serve_all()
+        except TimeoutError:
+            raise self._failure(RolloutTimeoutError, self._too_late()) from None
+        except BaseExceptionGroup as group:
+            error = _gravest(group)
+            if isinstance(error, TimeoutError):
+                raise self._failure(RolloutTimeoutError, self._too_late()) from None
+            raise error from None
+        if self._given_up:
+            if self._no_backend is not None and not any(self._history) and not any(self._served_by):
+                raise self._no_backend
+            raise self._failure(RolloutError, str(self._no_backend or ""))
+        names = dict.fromkeys(name for name in self._served_by if name is not None)
+        return RolloutResult(self._dialect.merge(self._job, self._answers), tuple(names))
+
+    async def _serve_all(self) -> None:
+        indices = list(range(len(self._job.units)))
+        if not indices:
+            return
+        keys = self._keys()
+        shards: Sequence[tuple[Lease, list[int]]] | None = None
+        whole = self._route.session_id is not None or not self._config.split_batches
+        if not whole:
+            try:
+                shards = self._dispatcher.split(self._lane, keys, self._job.n)
+            except NoBackendAvailableError:
+                shards = None  # the queue knows how long to hope
+        if shards is None:
+            want = Want(self._lane, self._weight(indices), key=keys[0])
+            lease = await self._dispatcher.lease(want, until=self._deadline, new_call=True)
+            shards = [(lease, indices)] if whole else self._dispatcher.spread(lease, keys, self._job.n)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for lease, share in shards:
+                    group.create_task(self._serve_shard(lease, share))
+        finally:
+            for lease, _ in shards:  # a task that was cancelled before its first step has not seen its lease
+                lease.backend.release_unused(lease)
+
+    def _keys(self) -> list[str]:
+        if self._route.session_id is not None:
+            return [f"session:{self._route.session_id}"] * len(self._job.units)
+        chars = self._config.prompt_sticky_prefix_chars
+        scoring = self._job.endpoint is Endpoint.SCORE
+        return [balancer.affinity_key(unit[0] if scoring else unit, chars) for unit in self._job.units]
+
+    def _weight(self, indices: Sequence[int]) -> int:
+        return self._job.n * len(indices)
+
+    async def _serve_shard(self, lease: Lease, share: list[int]) -> None:
+        """A shard on its backend, then, in rounds, what is left of it in smaller pieces elsewhere."""
+        home = lease.backend.name
+        first: Lease | None = lease
+        failed = 0
+        try:
+            async for attempt in retry.rounds(
+                attempts=self._config.max_attempts,
+                backoff_seconds=self._config.backoff_seconds,
+                sleep=asyncio.sleep,
+            ):
+                with attempt:
+                    left = self._left(share)
+                    size = retry.piece_size(failed, len(self._dispatcher.backends) - 1) if failed else len(left)
+                    if self._route.chunk_size:
+                        size = min(size, self._route.chunk_size)
+                    pieces = [left[i : i + size] for i in range(0, len(left), size)]
+                    async with asyncio.TaskGroup() as group:
+                        for piece in pieces:
+                            group.create_task(self._serve_piece(piece, first, None if failed else home))
+                            first = None
+                    left = self._left(share)
+                    failed = max((len(p) for p in pieces if any(i in left for i in p)), default=0)
+                    if left:
+                        raise retry.PromptsOutstandingError
+        except retry.PromptsOutstandingError:
+            self._given_up.update(self._left(share))
+
+    def _left(self, share: Sequence[int]) -> list[int]:
+        return [i for i in share if self._answers[i] is None and i not in self._given_up]
+
+    async def _serve_piece(self, piece: list[int], lease: Lease | None, home: str | None) -> None:
+        """One piece on one backend; a busy one only passes it on."""
+        if lease is not None:
+            lease.weight = self._weight(piece)
+            self._outstanding[lease.backend.name] = self._outstanding.get(lease.backend.name, 0) + 1
+        while True:
+            if lease is None:
+                try:
+                    lease = await self._lease(piece, home)
+                except (NoBackendAvailableError, OverloadedError) as error:
+                    # Other pieces may be on their way to an answer: this one alone is given up.
+                    self._no_backend = error
+                    self._given_up.update(piece)
+                    return
+            backend = lease.backend
+            try:
+                outcome = await self._attempt(lease, piece)
+            finally:
+                backend.release_unused(lease)
+                self._outstanding[backend.name] -= 1
+                self._dispatcher.changed()
+            if outcome is not Outcome.BUSY:
+                return
+            lease, home = None, None
+
+    async def _lease(self, piece: Sequence[int], home: str | None) -> Lease:
+        tried = {attempt.backend for i in piece for attempt in self._history[i]}
+        want = Want(
+            self._lane,
+            self._weight(piece),
+            home=home,
+            tried={b.name for b in self._dispatcher.backends.values() if b.url in tried},
+            crowded=self._crowded,
+        )
+        lease = await self._dispatcher.lease(want, until=self._deadline, new_call=not any(self._history))
+        self._outstanding[lease.backend.name] = self._outstanding.get(lease.backend.name, 0) + 1
+        return lease
+
+    def _crowded(self, name: str) -> bool:
+        return self._dialect.one_request_at_a_time and self._outstanding.get(name, 0) >= self._route.per_backend
+
+    async def _attempt(self, lease: Lease, piece: list[int]) -> Outcome:
+        """Sends a piece on a lease, gives the lease back, and keeps the books."""
+        backend = lease.backend
+        started = self._clock()
+        allowed = self._config.request_timeout
+        left = self._deadline - started
+        try:
+            body = self._dialect.encode(self._job, piece)
+            answer = await backend.post(lease, self._path, body, timeout=min(allowed, left), headers=self._headers)
+            judge(backend.url, answer)
+            try:
+                answers = self._dialect.decode(self._job, piece, answer.body)
+            except ValueError as error:
+                detail = f"{error} ({len(answer.body)} bytes)"
+                raise AttemptError(backend.url, Outcome.BAD_ANSWER, detail, status=answer.status) from error
+        except AttemptError as error:
+            cut_short = error.outcome is Outcome.TIMED_OUT and left < allowed
+            self._failed(lease, piece, error, self._clock() - started, charge=not cut_short)
+            return error.outcome
+        self._succeeded(lease, piece, answers)
+        return Outcome.OK
+
+    # Books: synchronous, so that no other task sees them half kept
+
+    def _succeeded(self, lease: Lease, piece: Sequence[int], answers: Sequence[Any]) -> None:
+        for index, answer in zip(piece, answers, strict=True):
+            self._answers[index] = answer
+            self._served_by[index] = lease.backend.name
+        lease.backend.served(lease, len(piece))
+        lease.backend.release(lease, retry.RULES[Outcome.OK].verdict)
+        if self._progress is not None:
+            self._progress.update(len(piece))
+        for suspicion in self._suspicions:
+            suspicion.open.difference_update(piece)
+            if not suspicion.open:
+                self._charge(suspicion.backend, suspicion.reason)
+        self._suspicions = [suspicion for suspicion in self._suspicions if suspicion.open]
+
+    def _failed(
+        self, lease: Lease, piece: Sequence[int], error: AttemptError, seconds: float, *, charge: bool
+    ) -> None:
+        backend, outcome = lease.backend, error.outcome
+        rule = retry.RULES[outcome]
+        reason = f"{outcome.value}: {error.detail}"
+        logger.warning(
+            "%s with %d prompts: %s after %.1f s: %s",
+            backend.url,
+            len(piece),
+            outcome.value,
+            seconds,
+            error.detail,
+        )
+        charged = rule.verdict is Verdict.FAILURE and charge and backend.name not in self._charged
+        if charged:
+            self._charged.add(backend.name)
+        backend.failed(error)
+        backend.release(lease, Verdict.FAILURE if charged else Verdict.NEUTRAL, reason=reason)
+        if outcome is Outcome.BUSY:
+            return
+        backend.moved(len(piece))
+        attempt = Attempt(backend.url, outcome, error.detail, len(piece), seconds)
+        for index in piece:
+            self._history[index].append(attempt)
+            self._costs[index] += rule.costs
+            self._errors[index] += rule.compare
+        if rule.compare:
+            self._suspect(backend, piece, reason)
+        self._given_up.update(
+            i for i in piece if self._costs[i] >= retry.MAX_COSTS or self._errors[i] >= retry.MAX_SERVER_ERRORS
+        )
+
+    def _suspect(self, backend: Backend, piece: Sequence[int], reason: str) -> None:
+        """A second backend that fails alike clears the first: the request is at fault."""
+        alike = [s for s in self._suspicions if s.backend is not backend and not s.open.isdisjoint(piece)]
+        self._suspicions = [s for s in self._suspicions if s not in alike]
+        if not alike:
+            self._suspicions.append(_Suspicion(backend, piece, reason))
+
+    def _charge(self, backend: Backend, reason: str) -> None:
+        if backend.name not in self._charged:
+            self._charged.add(backend.name)
+            backend.breaker.record(Verdict.FAILURE, reason=reason)
+
+    def _too_late(self) -> str:
+        return f"total_timeout of {self._config.total_timeout:g} s reached"
+
+    def _failure(self, kind: type[RolloutError], reason: str) -> RolloutError:
+        completed = [i for i, answer in enumerate(self._answers) if answer is not None]
+        failed = {i: self._history[i] for i, answer in enumerate(self._answers) if answer is None}
+        result = self._dialect.merge(self._job, [self._answers[i] for i in completed]) if completed else None
+        return kind(failed, completed=completed, result=result, reason=reason)
+
+
+def _gravest(group: BaseExceptionGroup[Any]) -> BaseException:
+    """The single error to raise for a group: a bug before a refusal before a deadline."""
+    flat: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack.extend(reversed(error.exceptions))
+        else:
+            flat.append(error)
+    return min(flat, key=lambda e: (isinstance(e, TimeoutError), isinstance(e, RequestRejectedError)))

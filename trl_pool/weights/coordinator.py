@@ -1,0 +1,375 @@
+"""The course of a weight update: gate, drain, announce to everybody, fence, publish.
+
+On the `trl` dialect an update has no beginning and no end of its own: it reaches from the first `update_named_param`
+to `reset_prefix_cache`. In between the gate is closed, and every backend that was told anything is out of sync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio.to_thread
+import msgspec
+
+from ..backend import Backend, Lane
+from ..config import PoolConfig
+from ..dispatch import Dispatcher
+from ..errors import AttemptError, ControlError, Outcome, RequestRejectedError, WeightSyncError
+from ..exchange import judge
+from ..facts import Health
+from .transport import GroupMember, WeightTransport
+
+logger = logging.getLogger(__name__)
+
+_LAST_MESSAGE_FAILED = "False"
+"""`/reset_prefix_cache/` answers 200 whatever happened; a failure shows only at the end of its message."""
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """What a control call gave on one backend.
+
+    Args:
+        url (`str`): The backend.
+        ok (`bool`): Whether it succeeded.
+        message (`str`): The server's message, or what went wrong.
+        status (`int`, *optional*): HTTP status, if there was an answer.
+    """
+
+    url: str
+    ok: bool
+    message: str
+    status: int | None = None
+
+    def __str__(self) -> str:
+        return "succeeded" if self.ok else self.message
+
+
+@dataclass
+class _Update:
+    """An update under way."""
+
+    members: dict[str, Backend]
+    owner: object
+    parameters: int = 0
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+class WeightCoordinator:
+    """Broadcasts control calls and keeps the count of weight versions.
+
+    Args:
+        dispatcher ([`Dispatcher`]): Its gate is closed during an update.
+        config ([`PoolConfig`]): Time-outs.
+        clock (`Callable[[], float]`): Monotonic seconds.
+        all_or_nothing (`bool`, *optional*, defaults to `False`):
+            Whether one failure ends an update. A gateway's client moves the tensors itself and stops at the first
+            error; the pool goes on with the servers that are left.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        config: PoolConfig,
+        *,
+        clock: Callable[[], float],
+        all_or_nothing: bool = False,
+    ) -> None:
+        self._dispatcher, self._config, self._clock = dispatcher, config, clock
+        self._all_or_nothing = all_or_nothing
+        self.run_id = uuid.uuid4().hex[:8]
+        self.number = 0
+        self._update: _Update | None = None
+        self._group: dict[str, int] = {}  # name: incarnation that has the communicator
+        self._turn = asyncio.Lock()
+        self._expiry: asyncio.TimerHandle | None = None
+        self.transport: WeightTransport | None = None
+
+    def __repr__(self) -> str:
+        update = f", updating {sorted(self._update.members)}" if self._update else ""
+        return f"<WeightCoordinator {self.version}, group {sorted(self._group)}{update}>"
+
+    @property
+    def version(self) -> str:
+        """`<run id>:<n>`: no other run's versions read the same."""
+        return f"{self.run_id}:{self.number}"
+
+    @property
+    def group(self) -> list[str]:
+        """Names of the backends that have a communicator."""
+        return list(self._group)
+
+    @property
+    def owner(self) -> object | None:
+        """Who has an update under way; `None` when nobody has."""
+        return self._update.owner if self._update else None
+
+    @property
+    def updating(self) -> bool:
+        return self._update is not None
+
+    # Control calls
+
+    async def broadcast(
+        self, path: str, bodies: Mapping[str, bytes | None], backends: Iterable[Backend]
+    ) -> dict[str, ControlResult]:
+        """Sends one control call to several backends at once, exactly once each, and waits for every outcome.
+
+        Returns:
+            `dict[str, ControlResult]`: Per name.
+        """
+        whom = list(backends)
+        results = await asyncio.gather(*(self._call(b, path, bodies.get(b.name)) for b in whom))
+        return {b.name: result for b, result in zip(whom, results, strict=True)}
+
+    async def _call(self, backend: Backend, path: str, body: bytes | None) -> ControlResult:
+        try:
+            answer = await backend.control(path, body)
+            judge(backend.url, answer)
+        except AttemptError as error:
+            if error.refused:
+                backend.gone(error.detail)
+            message = f"{error.outcome.value}: {error.detail}"
+            if error.outcome is Outcome.TIMED_OUT:
+                message += "; it takes part in nothing until that call returns or the server is restarted"
+            return ControlResult(backend.url, False, message, error.status)
+        except RequestRejectedError as error:
+            return ControlResult(backend.url, False, str(error), error.status)
+        try:
+            decoded = msgspec.json.decode(answer.body)
+            message = str(decoded.get("message", "")) if isinstance(decoded, dict) else ""
+        except ValueError:
+            message = answer.body[:200].decode("utf-8", "replace")
+        failed = path.startswith("/reset_prefix_cache") and message.endswith(_LAST_MESSAGE_FAILED)
+        return ControlResult(backend.url, not failed, message, answer.status)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, reason: str) -> AsyncIterator[None]:
+        """One control call at a time, with the gate closed and nothing out; opens again what it closed."""
+        async with self._turn:
+            if self._update is not None:
+                yield
+                return
+            self._dispatcher.close_gate(reason)
+            try:
+                await self._drain(reason)
+                yield
+            finally:
+                if self._update is None:
+                    self._dispatcher.open_gate()
+
+    async def _drain(self, reason: str) -> None:
+        """Waits for what is out. A `trl` server serves nothing else meanwhile, and mixes up replies if it is asked."""
+
+        def idle() -> bool | None:
+            return None if self._out() else True
+
+        try:
+            await self._dispatcher.until(idle, timeout=self._config.drain_timeout)
+        except TimeoutError:
+            busy = {b.url: f"is still working ({b.inflight} requests waited for)" for b in self._out()}
+            raise WeightSyncError(
+                f"{reason}: not started, requests did not end within drain_timeout={self._config.drain_timeout:g} s",
+                busy,
+            ) from None
+
+    def _out(self) -> list[Backend]:
+        return [
+            b for b in self._dispatcher.backends.values() if b.holds_lane(Lane.GENERATE) or b.holds_lane(Lane.SCORE)
+        ]
+
+    def reachable(self) -> list[Backend]:
+        """Backends that a control call can reach: up or busy, not stuck in an earlier call, not on their way out."""
+        return [
+            b
+            for b in self._dispatcher.backends.values()
+            if not b.draining and b.health.state is not Health.DOWN and not b.stuck
+        ]
+
+    def everybody(self) -> list[Backend]:
+        """All backends that are not on their way out."""
+        return [b for b in self._dispatcher.backends.values() if not b.draining]
+
+    # Groups
+
+    async def open_groups(
+        self, bodies: Mapping[str, bytes], members: Iterable[Backend], *, fresh: bool
+    ) -> dict[str, ControlResult]:
+        """Tells servers to join their update groups.
+
+        Args:
+            bodies (`Mapping[str, bytes]`): Body per backend name.
+            members (`Iterable[Backend]`): Whom.
+            fresh (`bool`): Whether to close an earlier communicator first: a worker that has one dies of a second,
+                after the 200.
+        """
+        whom = list(members)
+        async with self._alone("a weight update group is being made"):
+            self._abandon("its communicator was replaced")
+            if fresh:
+                closed = await self.broadcast("/close_communicator/", {}, whom)
+                whom = [b for b in whom if closed[b.name].ok]
+                bad = {name: result for name, result in closed.items() if not result.ok}
+            else:
+                bad = {}
+            results = {**bad, **await self.broadcast("/init_communicator/", bodies, whom)}
+            self._group = {b.name: b.incarnation for b in whom if results[b.name].ok}
+        return results
+
+    async def join(self, members: list[GroupMember], device: Any) -> None:
+        """Lets the transport join the groups."""
+        assert self.transport is not None
+        await anyio.to_thread.run_sync(self.transport.open, members, device, abandon_on_cancel=True)
+
+    async def close_groups(self) -> dict[str, ControlResult]:
+        """Closes every communicator; an update that was under way is abandoned."""
+        async with self._turn:
+            self._abandon("the communicator was closed")
+            whom = self.everybody() if self._all_or_nothing else self._grouped()
+            results = await self.broadcast("/close_communicator/", {}, whom)
+            self._group = {}
+            if self.transport is not None:
+                await anyio.to_thread.run_sync(self.transport.close, abandon_on_cancel=True)
+        return results
+
+    # Updates
+
+    async def announce(self, body: bytes, *, tensor: Any = None, owner: object = None) -> dict[str, ControlResult]:
+        """Announces one tensor to everybody in the update, begins the update if need be, and moves the tensor.
+
+        Raises:
+            [`WeightSyncError`]: when the update cannot go on; its members are out of sync then.
+        """
+        async with self._alone("a weight update waits for requests that are out"):
+            if self._update is None:
+                self._begin(owner)
+            assert self._update is not None
+            update = self._update
+            self._extend()
+            results = await self.broadcast(
+                "/update_named_param/", dict.fromkeys(update.members, body), update.members.values()
+            )
+            self._drop(update, results)
+            if update.members and self.transport is not None:
+                await anyio.to_thread.run_sync(
+                    self.transport.broadcast, tensor, list(update.members), abandon_on_cancel=True
+                )
+            update.parameters += 1
+            self._extend()
+            return results
+
+    def _begin(self, owner: object) -> None:
+        members = {b.name: b for b in (self.everybody() if self._all_or_nothing else self._grouped())}
+        if not members:
+            raise WeightSyncError(
+                "No server takes part in weight updates; call init_communicator() first",
+                self._dispatcher.reasons() or {"the pool": "has no communicator"},
+            )
+        left_out = [b.url for b in self._dispatcher.backends.values() if b.name not in members]
+        if left_out:
+            logger.warning("Weight update v%d leaves out %s", self.number + 1, ", ".join(left_out))
+        self._update = _Update(members, owner)
+        self._dispatcher.close_gate(f"weight update v{self.number + 1} is under way")
+        for backend in members.values():
+            backend.sync.lost(f"update v{self.number + 1} did not reach its end")
+
+    def _grouped(self) -> list[Backend]:
+        """Those that have a communicator still: a server that came back from the dead has lost it."""
+        return [b for b in self.reachable() if self._group.get(b.name) == b.incarnation]
+
+    def _drop(self, update: _Update, results: Mapping[str, ControlResult]) -> None:
+        failed = {name: result for name, result in results.items() if not result.ok}
+        for name, result in failed.items():
+            update.dropped[result.url] = result.message
+            update.members.pop(name).sync.lost(f"update v{self.number + 1} failed: {result.message}")
+            self._group.pop(name, None)
+            logger.warning("%s drops out of weight update v%d: %s", result.url, self.number + 1, result.message)
+        if failed and (self._all_or_nothing or len(update.members) < self._config.min_backends):
+            self._abandon("another backend failed in it")
+            raise WeightSyncError(
+                f"Weight update v{self.number + 1} ended after {update.parameters} parameters; no backend that "
+                "took part serves until a whole update has reached it",
+                {**{r.url: str(r) for r in results.values()}, **update.dropped},
+            )
+
+    async def reset_caches(self) -> dict[str, ControlResult]:
+        """Resets prefix caches; after an update that is its fence and end, and publishes the new version.
+
+        Raises:
+            [`WeightSyncError`]: when no backend confirmed it after an update.
+        """
+        async with self._alone("prefix caches are being reset"):
+            update = self._update
+            whom = list(update.members.values()) if update else self._holders()
+            results = await self.broadcast("/reset_prefix_cache/", {}, whom)
+            failed = {name: result for name, result in results.items() if not result.ok}
+            if update is not None:
+                self._drop(update, results)
+                self._publish(update)
+            else:
+                for backend in whom:
+                    if backend.name in failed:  # its cache may hold what the caller wanted gone
+                        backend.sync.lost("its prefix cache was not reset")
+            return results
+
+    def _holders(self) -> list[Backend]:
+        if self._all_or_nothing:
+            return self.everybody()
+        return [b for b in self.reachable() if b.sync.why_stale(self.number) is None]
+
+    def _publish(self, update: _Update) -> None:
+        self._cancel_expiry()
+        self._update = None
+        self.number += 1
+        for backend in update.members.values():
+            backend.sync.reached(self.number)
+        self._dispatcher.open_gate()
+        logger.info("Weights %s: %d parameters on %d backends", self.version, update.parameters, len(update.members))
+
+    def _abandon(self, why: str) -> None:
+        """Ends an update without publishing it: its members stay out of sync."""
+        self._cancel_expiry()
+        if self._update is None:
+            return
+        for backend in self._update.members.values():
+            backend.sync.lost(f"update v{self.number + 1} was abandoned: {why}")
+        self._update = None
+        self._dispatcher.open_gate()
+
+    def _extend(self) -> None:
+        """Puts the moment off at which the update counts as abandoned."""
+        self._cancel_expiry()
+        self._expiry = asyncio.get_running_loop().call_later(self._config.update_idle_timeout, self._expire)
+
+    def _expire(self) -> None:
+        idle = self._config.update_idle_timeout
+        if self._turn.locked():
+            self._extend()  # a control call is out: somebody is there
+            return
+        logger.error("Weight update v%d: no control call for %g s, abandoned", self.number + 1, idle)
+        self._abandon(f"no control call for {idle:g} s")
+
+    def _cancel_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+
+    def close(self) -> None:
+        """Stops the clock of an unfinished update."""
+        self._cancel_expiry()
+
+
+def require_all(what: str, results: Mapping[str, ControlResult]) -> None:
+    """Raises unless every backend succeeded.
+
+    Raises:
+        [`ControlError`]: with every backend's result.
+    """
+    if any(not result.ok for result in results.values()):
+        raise ControlError(f"{what} failed", {result.url: str(result) for result in results.values()})
