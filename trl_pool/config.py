@@ -146,19 +146,19 @@ class PoolConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigurationError(describe_validation_error(error, values)) from None
+            raise ConfigurationError(cls._in_one_line(error, values)) from None
 
-
-def describe_validation_error(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """Every fault of a settings error in one line: `VARIABLE=value: what is allowed`."""
-    faults = []
-    for fault in error.errors():
-        field = str(fault["loc"][0]) if fault["loc"] else ""
-        message = fault["msg"].removeprefix("Value error, ")
-        if not field:
-            faults.append(message)
-        elif fault["type"] == "missing":
-            faults.append(f"{field.upper()} is not set; allowed: {message}")
-        else:
-            faults.append(f"{field.upper()}={values.get(field)!r}: {message}")
-    return "; ".join(faults)
+    @classmethod
+    def _in_one_line(cls, error: ValidationError, values: Mapping[str, Any]) -> str:
+        """Every fault of a settings error: `VARIABLE=value: what is allowed`."""
+        faults = []
+        for fault in error.errors():
+            field = str(fault["loc"][0]) if fault["loc"] else ""
+            message = fault["msg"].removeprefix("Value error, ")
+            if not field:
+                faults.append(message)
+            elif fault["type"] == "missing":
+                faults.append(f"{field.upper()} is not set; allowed: {cls.model_fields[field].description}")
+            else:
+                faults.append(f"{field.upper()}={values.get(field)!r}: {message}")
+        return "; ".join(faults)

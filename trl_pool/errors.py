@@ -3,6 +3,7 @@
 ```
 PoolError
 ├── ConfigurationError            (ValueError)      a setting or an address is wrong
+│   └── DuplicateBackendError                       a backend of that address is in the pool already
 ├── PoolClosedError               (RuntimeError)    used after close()
 ├── ForkedProcessError            (RuntimeError)    used in a forked child
 ├── InvalidRequestError           (ValueError)      the call is wrong; nothing was sent
@@ -76,6 +77,10 @@ class PoolError(Exception):
 
 class ConfigurationError(PoolError, ValueError):
     """A setting or a backend's address is wrong. The message names it, its value and what is allowed."""
+
+
+class DuplicateBackendError(ConfigurationError):
+    """A backend of that address is in the pool already."""
 
 
 class PoolClosedError(PoolError, RuntimeError):

@@ -203,11 +203,16 @@ class Exchange:
 def translate(url: str, error: BaseException, timeout: float | None) -> AttemptError:
     """The table: a foreign error as ours."""
     outcome = next((OUTCOMES[kind] for kind in type(error).__mro__ if kind in OUTCOMES), Outcome.LOST)
-    if isinstance(error, TimeoutError):
+    refused = _refused(error)
+    if refused:
+        detail = "connection refused"
+    elif isinstance(error, TimeoutError):
         detail = f"no answer within {timeout:.1f} s"
+    elif outcome is Outcome.LOST:
+        detail = f"connection broken ({str(error) or type(error).__name__})"
     else:
         detail = str(error) or type(error).__name__
-    return AttemptError(url, outcome, detail, refused=_refused(error))
+    return AttemptError(url, outcome, detail, refused=refused)
 
 
 def judge(url: str, answer: Answer) -> None:

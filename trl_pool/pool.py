@@ -33,6 +33,7 @@ from .errors import (
     BackendsUnreachableError,
     ConfigurationError,
     ControlError,
+    DuplicateBackendError,
     ForkedProcessError,
     InvalidRequestError,
     Outcome,
@@ -218,6 +219,12 @@ class AsyncVLLMClientPool:
             )
         if self._closed:
             raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
+
+    async def start(self) -> None:
+        """Probes every server once and goes on whatever that gave; those that are down join when they come up."""
+        self._open()
+        await self._monitor.probe_once()
+        self._monitor.start()
 
     # Mirrored from VLLMClient
 
@@ -496,12 +503,15 @@ class AsyncVLLMClientPool:
         """Resets the servers' prefix caches. After `update_named_param` it ends the update and publishes it.
 
         Raises:
-            [`ControlError`]: when it failed on every server.
+            [`WeightSyncError`]: when fewer than `min_backends` servers completed an update.
+            [`ControlError`]: when a server says that it failed. One that is gone has no cache.
         """
         self._open()
+        was_update = self._weights.updating
         results = await self._weights.reset_caches()
-        if not any(result.ok for result in results.values()):
-            require_all("Resetting the prefix caches", results)
+        answered = {name: result for name, result in results.items() if result.ok or result.status is not None}
+        if not was_update:
+            require_all("Resetting the prefix caches", answered)
 
     async def init_communicator(self, device: Any = 0) -> None:
         """Makes a weight update group with every server that is up: one each, because a `trl` server is the master of
@@ -664,7 +674,7 @@ class AsyncVLLMClientPool:
         self._open()
         address = BackendAddress.parse(url)
         if address.name in self._dispatcher.backends:
-            raise ConfigurationError(f"backend {address.url} is in the pool already")
+            raise DuplicateBackendError(f"backend {address.url} is in the pool already")
         backend = self._backend(address)
         if self._weights.number or self._weights.updating:
             backend.sync.lost("it joined after the last update")
@@ -672,6 +682,26 @@ class AsyncVLLMClientPool:
         await self._monitor.probe_once([backend])
         logger.info("Added %r", backend)
         return backend.name
+
+    def address_of(self, name: str) -> BackendAddress:
+        """Where a backend is.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+        """
+        return find(self._dispatcher.backends, name).address
+
+    def stop_backend(self, name: str) -> BackendStatistics:
+        """Gives a server no further requests, and does not wait.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+        """
+        self._open()
+        backend = find(self._dispatcher.backends, name)
+        backend.draining = True
+        self._dispatcher.changed()
+        return backend.statistics()
 
     async def drain_backend(self, name: str, *, timeout: float | None = None) -> None:
         """Gives a server no further requests and waits for those it has.
@@ -684,10 +714,8 @@ class AsyncVLLMClientPool:
             [`UnknownBackendError`]: when there is none of that name.
             `TimeoutError`: when its requests did not end in time; it stays draining.
         """
-        self._open()
+        self.stop_backend(name)
         backend = find(self._dispatcher.backends, name)
-        backend.draining = True
-        self._dispatcher.changed()
         limit = self.config.drain_timeout if timeout is None else timeout
         await self._dispatcher.until(lambda: None if backend.inflight else True, timeout=limit)
 
@@ -704,8 +732,8 @@ class AsyncVLLMClientPool:
             [`UnknownBackendError`]: when there is none of that name.
         """
         self._open()
+        self.stop_backend(name)
         backend = find(self._dispatcher.backends, name)
-        backend.draining = True
         if drain:
             try:
                 await self.drain_backend(name, timeout=timeout)

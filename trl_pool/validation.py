@@ -92,17 +92,17 @@ def parse(model: type[ModelT], values: Mapping[str, Any] | bytes) -> ModelT:
         raise InvalidRequestError(f"invalid arguments: {first}", details=details) from None
 
 
-def generate_job(request: GenerateRequest, config: PoolConfig, *, raw: bool = False) -> Job:
+def generate_job(request: GenerateRequest, config: PoolConfig, *, raw: bool = False, body: bytes | None = None) -> Job:
     """A `/generate/` body as a job."""
     fields = _sampling_fields(request, config)
     prompts = request.prompts
     if request.images is not None and len(request.images) not in (0, len(prompts)):
         raise _fault("images", f"{len(request.images)} image lists for {len(prompts)} prompts; give one per prompt")
     _check_lengths("prompts", prompts, config)
-    return Job(Endpoint.GENERATE, prompts, fields, _completions(fields), request.images or None, raw)
+    return Job(Endpoint.GENERATE, prompts, fields, _completions(fields), request.images or None, raw, body)
 
 
-def chat_job(request: ChatRequest, config: PoolConfig, *, raw: bool = False) -> Job:
+def chat_job(request: ChatRequest, config: PoolConfig, *, raw: bool = False, body: bytes | None = None) -> Job:
     """A `/chat/` body as a job."""
     fields = _sampling_fields(request, config)
     fields["chat_template_kwargs"] = request.chat_template_kwargs
@@ -119,10 +119,12 @@ def chat_job(request: ChatRequest, config: PoolConfig, *, raw: bool = False) -> 
                     "the server needs both (content may be null)",
                     [index],
                 )
-    return Job(Endpoint.CHAT, request.messages, fields, _completions(fields), None, raw)
+    return Job(Endpoint.CHAT, request.messages, fields, _completions(fields), None, raw, body)
 
 
-def score_job(request: SequenceLogprobsRequest, config: PoolConfig, *, raw: bool = False) -> Job:
+def score_job(
+    request: SequenceLogprobsRequest, config: PoolConfig, *, raw: bool = False, body: bytes | None = None
+) -> Job:
     """A `/get_sequence_logprobs/` body as a job."""
     sequences, lengths = request.sequences, request.prompt_lengths
     if not request.temperature > 0 or not math.isfinite(request.temperature):
@@ -148,7 +150,7 @@ def score_job(request: SequenceLogprobsRequest, config: PoolConfig, *, raw: bool
         "temperature": request.temperature,
         "response_format": request.response_format,
     }
-    return Job(Endpoint.SCORE, list(zip(sequences, lengths, strict=True)), fields, 1, None, raw)
+    return Job(Endpoint.SCORE, list(zip(sequences, lengths, strict=True)), fields, 1, None, raw, body)
 
 
 def _check_regex(regex: str | None) -> None:

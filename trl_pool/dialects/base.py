@@ -29,6 +29,8 @@ class Job:
         images (`Sequence` or `None`, *optional*): Per unit, base64 images or `None`.
         raw (`bool`, *optional*, defaults to `False`): Leave the values in the answers as JSON bytes: whoever only
             passes them on (the gateway) need not parse a million numbers.
+        body (`bytes`, *optional*): The whole job as it came over the wire, to be passed on as it is where it is not
+            split.
     """
 
     endpoint: Endpoint
@@ -37,6 +39,7 @@ class Job:
     n: int = 1
     images: Sequence[Any] | None = None
     raw: bool = False
+    body: bytes | None = None
 
 
 class Dialect(abc.ABC):

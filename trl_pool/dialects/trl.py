@@ -87,6 +87,8 @@ class TrlDialect(Dialect):
         return f"/{endpoint.value}/"
 
     def encode(self, job: Job, indices: Sequence[int]) -> bytes:
+        if job.body is not None and len(indices) == len(job.units):
+            return job.body
         units = [job.units[i] for i in indices]
         body = dict(job.fields)
         if job.endpoint is Endpoint.GENERATE:

@@ -308,14 +308,9 @@ class WeightCoordinator:
             update = self._update
             whom = list(update.members.values()) if update else self._holders()
             results = await self.broadcast("/reset_prefix_cache/", {}, whom)
-            failed = {name: result for name, result in results.items() if not result.ok}
             if update is not None:
                 self._drop(update, results)
                 self._publish(update)
-            else:
-                for backend in whom:
-                    if backend.name in failed:  # its cache may hold what the caller wanted gone
-                        backend.sync.lost("its prefix cache was not reset")
             return results
 
     def _holders(self) -> list[Backend]:
