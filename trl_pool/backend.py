@@ -20,6 +20,11 @@ SIMULATED = "trl-pool-sim"
 """What simulated servers call themselves in the `server` header."""
 
 
+# A server that says "busy" again and again is left alone for longer, whatever its Retry-After says.
+_BUSY_FLOOR_SECONDS = 0.1
+_BUSY_CEILING_SECONDS = 5.0
+
+
 class Lane(enum.Enum):
     """Work that may share a server with its own kind; on some servers not with the other."""
 
@@ -36,6 +41,7 @@ class Lease:
     weight: int
     permit: Permit
     started: float
+    owner: object = None
     scope: asyncio.Timeout | None = None
 
 
@@ -124,6 +130,7 @@ class Backend:
         self.simulated = False
         self.incarnation = 0
         self._busy_until = 0.0
+        self._busy_streak = 0
         self._leases: set[Lease] = set()
         # Requests nobody waits for any more, which the server still works on.
         self._orphans: dict[asyncio.Task[Answer], str] = {}
@@ -149,6 +156,10 @@ class Backend:
     def load(self) -> int:
         """Completions out."""
         return sum(lease.weight for lease in self._leases)
+
+    def leased_to(self, owner: object) -> int:
+        """Requests out that belong to one call."""
+        return sum(lease.owner is owner for lease in self._leases)
 
     @property
     def working(self) -> bool:
@@ -206,9 +217,9 @@ class Backend:
 
     # Leases
 
-    def take(self, lane: Lane, weight: int, *, force: bool = False) -> Lease:
+    def take(self, lane: Lane, weight: int, *, owner: object = None, force: bool = False) -> Lease:
         """Takes a slot and the breaker's permit. Synchronous: what was checked before still holds."""
-        lease = Lease(self, lane, weight, self.breaker.acquire(force=force), self._clock())
+        lease = Lease(self, lane, weight, self.breaker.acquire(force=force), self._clock(), owner)
         self._leases.add(lease)
         return lease
 
@@ -228,6 +239,7 @@ class Backend:
     def served(self, lease: Lease, prompts: int) -> None:
         """Counts an answer."""
         self.health.served()
+        self._busy_streak = 0
         self._prompts += prompts
         self._answered += 1
         self._seconds += self._clock() - lease.started
@@ -236,7 +248,9 @@ class Backend:
         """Counts a failed request and draws what it says about health and weights."""
         self._failures += 1
         if error.outcome is Outcome.BUSY:
-            self._busy_until = self._clock() + (error.retry_after or 0.0)
+            floor = min(_BUSY_FLOOR_SECONDS * 2**self._busy_streak, _BUSY_CEILING_SECONDS)
+            self._busy_streak = min(self._busy_streak + 1, 10)
+            self._busy_until = self._clock() + max(error.retry_after or 0.0, floor)
         if error.refused:
             self.gone(error.detail)
         elif error.outcome is Outcome.LOST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import logging
@@ -13,9 +14,10 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
+import anyio
 import httpx
 import requests
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
 from .config import PoolConfig
 from .errors import ForkedProcessError, PoolClosedError
@@ -90,8 +92,7 @@ class VLLMClientPool:
     ) -> None:
         self._pid = os.getpid()
         self._closed = False
-        self._stack = contextlib.ExitStack()
-        self._portal: BlockingPortal = self._stack.enter_context(start_blocking_portal(name="trl-pool"))
+        self._portal, self._thread = _start_loop()
         try:
             self._pool = self._portal.call(
                 lambda: AsyncVLLMClientPool(
@@ -105,7 +106,7 @@ class VLLMClientPool:
                     weight_transport=weight_transport,
                 )
             )
-            self.base_url = ",".join(backend.url for backend in self._pool.statistics().backends)
+            self.base_url = ",".join(backend.url for backend in self.statistics().backends)
             self.group_port = group_port
             _at_exit.add(self)
             self.check_server(connection_timeout)
@@ -127,9 +128,9 @@ class VLLMClientPool:
             self.close()
 
     def __repr__(self) -> str:
-        if self._closed:
-            return f"<{type(self).__name__} closed>"
-        return describe(type(self).__name__, self._pool)
+        if self._closed or os.getpid() != self._pid:
+            return f"<{type(self).__name__} {'closed' if self._closed else 'of another process'}>"
+        return describe(type(self).__name__, self.statistics())
 
     def close(self) -> None:
         """Closes communicators and connections, in a few seconds at most. A second time, and in a forked child,
@@ -139,30 +140,28 @@ class VLLMClientPool:
         self._closed = True
         _at_exit.discard(self)
         pool = getattr(self, "_pool", None)
+        if threading.current_thread() is self._thread:  # collected as garbage in there: it cannot wait for itself
+            task = asyncio.get_running_loop().create_task(_close_from_within(pool, self._portal))
+            _closing.add(task)
+            task.add_done_callback(_closing.discard)
+            return
         try:
             if pool is not None:
                 self._portal.start_task_soon(pool.aclose).result(2 * CLOSE_SECONDS)
         finally:
-            self._stack.close()
+            self._portal.call(self._portal.stop, True)
+            self._thread.join(CLOSE_SECONDS)
 
     def _close_at_exit(self) -> None:
         """Closes communicators without the event loop: it cannot even resolve names any more."""
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        group = self._pool.weights.group
-        urls = [b.url for b in self._pool.statistics().backends if b.name in group and b.health != "down"]
-        post_all([f"{url}/close_communicator/" for url in urls], seconds=CLOSE_SECONDS)
+        post_all([f"{url}/close_communicator/" for url in self._pool.communicators()], seconds=CLOSE_SECONDS)
 
     def _call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
         """Runs a coroutine function on the loop; an interrupt (Ctrl-C) cancels it there and returns at once."""
-        if os.getpid() != self._pid:
-            raise ForkedProcessError(
-                f"{type(self).__name__} was made in process {self._pid} and cannot be used in its forked child "
-                f"{os.getpid()}; make one there, or use it in the parent only"
-            )
-        if self._closed:
-            raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
+        self._check_usable()
         token = caller.set(threading.get_ident())
         try:
             future: Future[T] = self._portal.start_task_soon(lambda: function(*args, **kwargs))
@@ -173,6 +172,15 @@ class VLLMClientPool:
                 raise
         finally:
             caller.reset(token)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"{type(self).__name__} was made in process {self._pid} and cannot be used in its forked child "
+                f"{os.getpid()}; make one there, or use it in the parent only"
+            )
+        if self._closed:
+            raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
 
     # Forwarded
 
@@ -321,7 +329,32 @@ class VLLMClientPool:
 
     def statistics(self) -> PoolStatistics:
         """See [`AsyncVLLMClientPool.statistics`]."""
-        return self._pool.statistics()
+        self._check_usable()
+        return self._portal.call(self._pool.statistics)  # on the loop, where nothing changes meanwhile
+
+
+def _start_loop() -> tuple[BlockingPortal, threading.Thread]:
+    """An event loop in a daemon thread. (anyio's own helper is a generator; collected at interpreter exit, or in a
+    forked child, it would wait for a thread that is no more.)"""
+    ready: Future[BlockingPortal] = Future()
+
+    async def main() -> None:
+        async with BlockingPortal() as portal:
+            ready.set_result(portal)
+            await portal.sleep_until_stopped()
+
+    thread = threading.Thread(target=anyio.run, args=(main,), name="trl-pool", daemon=True)
+    thread.start()
+    return ready.result(), thread
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+async def _close_from_within(pool: AsyncVLLMClientPool | None, portal: BlockingPortal) -> None:
+    if pool is not None:
+        await pool.aclose()
+    await portal.stop(True)
 
 
 def post_all(urls: Sequence[str], *, seconds: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from . import balancer
@@ -31,7 +31,8 @@ class Want:
         key (`str`, *optional*): Affinity key. Without one the least loaded backend is right.
         home (`str`, *optional*): The backend it was planned for, taken if at all possible.
         tried (`Container[str]`, *optional*): Backends it failed on; they come last.
-        crowded (`Callable[[str], bool]`, *optional*): Whether its call has enough requests on a backend already.
+        owner (`object`, *optional*): The call it belongs to.
+        per_backend (`int`, *optional*): Requests that its call may have on a backend at once.
     """
 
     lane: Lane
@@ -39,7 +40,8 @@ class Want:
     key: str | None = None
     home: str | None = None
     tried: Container[str] = ()
-    crowded: Callable[[str], bool] = field(default=lambda name: False)
+    owner: object = None
+    per_backend: int | None = None
 
 
 @dataclass(eq=False)
@@ -146,7 +148,8 @@ class Dispatcher:
         ready: dict[str, Backend] = {}
         later: dict[str, Backend] = {}
         for backend in pool:
-            waits = want.crowded(backend.name) or backend.why_blocked(want.lane) is not None
+            crowded = want.per_backend is not None and backend.leased_to(want.owner) >= want.per_backend
+            waits = crowded or backend.why_blocked(want.lane) is not None
             (later if waits else ready)[backend.name] = backend
         return Candidates(ready, later, forced)
 
@@ -181,47 +184,48 @@ class Dispatcher:
             else:
                 order = balancer.least_loaded(loads, self._rng)
             name = order[0]
-        return found.ready[name].take(want.lane, want.weight, force=found.forced)
+        return found.ready[name].take(want.lane, want.weight, owner=want.owner, force=found.forced)
 
-    def split(self, lane: Lane, keys: Sequence[str], weight: int) -> list[tuple[Lease, list[int]]] | None:
+    def split(self, want: Want, keys: Sequence[str]) -> list[tuple[Lease, list[int]]] | None:
         """Plans a batch over everybody who is ready and takes a lease for each share; `None` when all is taken.
 
         Args:
-            lane ([`Lane`]): Kind of work.
+            want ([`Want`]): What the batch needs; its weight is that of one prompt.
             keys (`Sequence[str]`): Affinity key per prompt.
-            weight (`int`): Completions per prompt.
 
         Raises:
             [`NoBackendAvailableError`]: naming why not, per backend.
         """
         if self._gate is not None:
             return None
-        found = self.candidates(Want(lane, weight))
+        found = self.candidates(want)
         if not found.ready:
             return None
-        return self._share_out(lane, keys, weight, found, {})
+        return self._share_out(want, keys, found, {})
 
-    def spread(self, lease: Lease, keys: Sequence[str], weight: int) -> list[tuple[Lease, list[int]]]:
+    def spread(self, lease: Lease, want: Want, keys: Sequence[str]) -> list[tuple[Lease, list[int]]]:
         """Like [`split`], for a call that waited and holds one lease already."""
         held = {lease.backend.name: lease}
         lease.weight = 0
         try:
-            found = self.candidates(Want(lease.lane, weight))
+            found = self.candidates(want)
             ready = {**found.ready, lease.backend.name: lease.backend}
             found = Candidates(ready, {}, found.forced)
         except NoBackendAvailableError:
             found = Candidates({lease.backend.name: lease.backend}, {}, forced=False)
-        return self._share_out(lease.lane, keys, weight, found, held)
+        return self._share_out(want, keys, found, held)
 
     def _share_out(
-        self, lane: Lane, keys: Sequence[str], weight: int, found: Candidates, held: dict[str, Lease]
+        self, want: Want, keys: Sequence[str], found: Candidates, held: dict[str, Lease]
     ) -> list[tuple[Lease, list[int]]]:
         loads = {name: backend.load for name, backend in found.ready.items()}
-        shards = balancer.split(keys, weight, loads, self.ring.walk, self._rng)
+        shards = balancer.split(keys, want.weight, loads, self.ring.walk, self._rng)
         taken = []
         for name, indices in shards.items():
-            lease = held.pop(name, None) or found.ready[name].take(lane, 0, force=found.forced)
-            lease.weight = weight * len(indices)
+            lease = held.pop(name, None)
+            if lease is None:
+                lease = found.ready[name].take(want.lane, 0, owner=want.owner, force=found.forced)
+            lease.weight = want.weight * len(indices)
             taken.append((lease, indices))
         for lease in held.values():  # it waited, and others turned out to be emptier
             lease.backend.release_unused(lease)
@@ -260,17 +264,17 @@ class Dispatcher:
 
         result = poll()
         if result is None:
-            result = await self._queue(poll, until=until, new_call=new_call)
+            result = await self._queue(poll, want.lane, until=until, new_call=new_call)
         if isinstance(result, NoBackendAvailableError):
             raise result
         return result
 
-    async def _queue(self, poll: Callable[[], Any], *, until: float, new_call: bool) -> Any:
+    async def _queue(self, poll: Callable[[], Any], lane: Lane, *, until: float, new_call: bool) -> Any:
         limit = self._config.queue_timeout if new_call else None
         if new_call and self._config.max_queue is not None and self.queued >= self._config.max_queue:
             raise OverloadedError(
                 f"every slot is taken and {self.queued} calls wait already (max_queue={self._config.max_queue}): "
-                f"{self._pressure()}",
+                f"{self._pressure(lane)}",
                 retry_after=self._retry_after(),
             )
         started = self._clock()
@@ -280,17 +284,15 @@ class Dispatcher:
         except TimeoutError:
             if limit is not None and self._clock() < until:
                 raise OverloadedError(
-                    f"no slot became free within {limit:g} s (queue_timeout): {self._pressure()}",
+                    f"no slot became free within {limit:g} s (queue_timeout): {self._pressure(lane)}",
                     retry_after=self._retry_after(),
                 ) from None
             raise
 
-    def _pressure(self) -> str:
+    def _pressure(self, lane: Lane) -> str:
         if self._gate is not None:
             return self._gate
-        reasons = {
-            b.url: b.why_ineligible() or b.why_blocked(Lane.GENERATE) or "is free" for b in self.backends.values()
-        }
+        reasons = {b.url: b.why_ineligible() or b.why_blocked(lane) or "is free" for b in self.backends.values()}
         return "; ".join(f"{url} {reason}" for url, reason in reasons.items())
 
     def _retry_after(self) -> float:

@@ -56,8 +56,11 @@ class HealthFact:
     def unreachable(self, reason: str) -> None:
         """No connection within the time. Even a busy server's kernel accepts one, so twice in a row means down."""
         self.unreached += 1
-        self.state = Health.DOWN if self.unreached > 1 or self.state is Health.DOWN else Health.SUSPECT
         self.reason = reason
+        if self.unreached > 1:
+            self.state = Health.DOWN
+        elif self.state is Health.UP:
+            self.state = Health.SUSPECT
 
     def wrong(self, reason: str) -> None:
         """A probe was answered, but not with 200."""
@@ -73,8 +76,10 @@ class HealthFact:
         """
         if busy or lagged or self.state is Health.DOWN:
             return
-        self.state = Health.SUSPECT if self.silent_means_suspect else Health.DOWN
         self.reason = reason
+        if self.state is Health.UNKNOWN:
+            return  # it has never answered: not up yet
+        self.state = Health.SUSPECT if self.silent_means_suspect else Health.DOWN
 
 
 @dataclass

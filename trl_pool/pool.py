@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import contextvars
+import functools
 import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import anyio.to_thread
 import httpx
@@ -38,9 +40,11 @@ from .errors import (
     InvalidRequestError,
     Outcome,
     PoolClosedError,
+    RequestRejectedError,
     WeightSyncError,
 )
 from .exchange import Exchange, judge
+from .facts import Health
 from .health import HealthMonitor
 from .rollout import ProgressBar, Rollout, RolloutResult, Route
 from .weights.coordinator import WeightCoordinator, require_all
@@ -55,8 +59,24 @@ DEFAULT_PORT = 8000
 DEFAULT_GROUP_PORT = 51216
 
 caller: contextvars.ContextVar[object] = contextvars.ContextVar("trl_pool_caller", default=None)
-"""Who calls. The synchronous face sets it to the calling thread: a weight update may be ended by a `generate` of the
-thread that makes it, and by nobody else's."""
+"""Who calls: a weight update may be ended by a `generate` of whoever makes it, and by nobody else's. The synchronous
+face sets it to the calling thread; otherwise it is the task that makes the update, and tasks it starts."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _guarded(
+    method: Callable[Concatenate[AsyncVLLMClientPool, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[AsyncVLLMClientPool, P], Coroutine[Any, Any, T]]:
+    """Lets a method run only in an open pool of this process, and ends it when the pool is closed meanwhile."""
+
+    @functools.wraps(method)
+    async def guarded(self: AsyncVLLMClientPool, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._in_use():
+            return await method(self, *args, **kwargs)
+
+    return guarded
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,9 @@ class AsyncVLLMClientPool:
         self._rng = rng or random.Random()
         self._pid = os.getpid()
         self._closed = False
+        self._scopes: set[asyncio.Timeout] = set()
+        self._unused = asyncio.Event()
+        self._unused.set()
         self._dialect: Dialect = TrlDialect()
         self._dispatcher = Dispatcher(config, clock=clock, rng=self._rng)
         self._weights = WeightCoordinator(self._dispatcher, config, clock=clock, all_or_nothing=control_only)
@@ -195,8 +218,11 @@ class AsyncVLLMClientPool:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        for scope in self._scopes:
+            scope.reschedule(asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
+                await self._unused.wait()
                 if self._weights.group and not self._control_only:
                     await self._weights.close_groups()
         except TimeoutError:
@@ -209,7 +235,25 @@ class AsyncVLLMClientPool:
                 await backend.aclose()
 
     def __repr__(self) -> str:
-        return describe(type(self).__name__, self)
+        return describe(type(self).__name__, self.statistics())
+
+    @contextlib.asynccontextmanager
+    async def _in_use(self) -> AsyncIterator[None]:
+        self._open()
+        try:
+            # A time-out without a time: aclose() sets one.
+            async with asyncio.timeout(None) as scope:
+                self._scopes.add(scope)
+                self._unused.clear()
+                try:
+                    yield
+                finally:
+                    self._scopes.discard(scope)
+                    if not self._scopes:
+                        self._unused.set()
+        except TimeoutError:
+            self._open()
+            raise
 
     def _open(self) -> None:
         if os.getpid() != self._pid:
@@ -220,14 +264,15 @@ class AsyncVLLMClientPool:
         if self._closed:
             raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
 
+    @_guarded
     async def start(self) -> None:
         """Probes every server once and goes on whatever that gave; those that are down join when they come up."""
-        self._open()
         await self._monitor.probe_once()
         self._monitor.start()
 
     # Mirrored from VLLMClient
 
+    @_guarded
     async def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
         """Waits until all servers are up or the time is over, then goes on if at least `min_backends` are.
 
@@ -241,7 +286,6 @@ class AsyncVLLMClientPool:
         Raises:
             `requests.ConnectionError` ([`BackendsUnreachableError`]): when fewer than `min_backends` are up in time.
         """
-        self._open()
         started = self._clock()
         while True:
             left = max(0.0, total_timeout - (self._clock() - started))
@@ -274,6 +318,7 @@ class AsyncVLLMClientPool:
             logger.warning("Starting without %s, which %s; it joins when it comes up", url, reason)
         self._monitor.start()
 
+    @_guarded
     async def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -324,7 +369,6 @@ class AsyncVLLMClientPool:
             `requests.ConnectionError` ([`NoBackendAvailableError`], [`RolloutError`]): when nobody could serve it.
             `requests.Timeout` ([`RolloutTimeoutError`]): after `total_timeout`.
         """
-        self._open()
         if images:
             images = await anyio.to_thread.run_sync(_encode_images, images)
         request = validation.parse(
@@ -347,6 +391,7 @@ class AsyncVLLMClientPool:
         job = validation.generate_job(request, self.config)
         return await self._value(job, self._route(session_id), progress, "generate")
 
+    @_guarded
     async def chat(
         self,
         messages: Sequence[Sequence[Mapping[str, Any]]],
@@ -381,7 +426,6 @@ class AsyncVLLMClientPool:
         Raises:
             `NotImplementedError`: for a `chat_template`, as TRL's client.
         """
-        self._open()
         if chat_template is not None:
             raise NotImplementedError(
                 "Custom chat templates cannot be sent to `trl vllm-serve`; save the template with the tokenizer."
@@ -407,6 +451,7 @@ class AsyncVLLMClientPool:
         job = validation.chat_job(request, self.config)
         return await self._value(job, self._route(session_id), progress, "chat")
 
+    @_guarded
     async def get_sequence_logprobs(
         self,
         sequences: Sequence[Sequence[int]],
@@ -444,7 +489,6 @@ class AsyncVLLMClientPool:
             `ValueError` ([`InvalidRequestError`]): for a temperature ≤ 0 and other impossible arguments.
             The rest as [`~AsyncVLLMClientPool.generate`].
         """
-        self._open()
         if chunk_size < 0 or max_concurrent_requests < 1:
             raise InvalidRequestError(
                 f"chunk_size={chunk_size} must not be negative, "
@@ -464,6 +508,7 @@ class AsyncVLLMClientPool:
         route = Route(None, chunk_size, max_concurrent_requests if chunk_size else 1)
         return await self._value(job, route, progress, "score")
 
+    @_guarded
     async def get_world_size(self) -> int:
         """The world size (tensor × data parallel) of one server: each has a weight update group of its own.
 
@@ -471,10 +516,9 @@ class AsyncVLLMClientPool:
             [`BackendMismatchError`]: when the servers differ, naming them.
             [`ControlError`]: when one does not say.
         """
-        self._open()
-        sizes = await self._world_sizes(self._weights.reachable())
-        if not sizes:
-            raise ControlError("No server to ask for its world size", self._dispatcher.reasons())
+        sizes, failed = await self._world_sizes(self._weights.reachable())
+        if failed or not sizes:
+            raise ControlError("Could not learn the world size", failed or self._dispatcher.reasons())
         if len(set(sizes.values())) > 1:
             raise BackendMismatchError(
                 "The servers differ in world size",
@@ -482,7 +526,9 @@ class AsyncVLLMClientPool:
             )
         return next(iter(sizes.values()))
 
-    async def _world_sizes(self, backends: Sequence[Backend]) -> dict[str, int]:
+    async def _world_sizes(self, backends: Sequence[Backend]) -> tuple[dict[str, int], dict[str, str]]:
+        """Sizes by name, and what went wrong by URL."""
+
         async def ask(backend: Backend) -> int | str:
             try:
                 answer = await backend.exchange.once(
@@ -490,15 +536,16 @@ class AsyncVLLMClientPool:
                 )
                 judge(backend.url, answer)
                 return int(msgspec.json.decode(answer.body, type=dict[str, int])["world_size"])
-            except (AttemptError, ValueError, KeyError) as error:
-                return str(error)
+            except AttemptError as error:
+                return f"{error.outcome.value}: {error.detail}"
+            except (RequestRejectedError, ValueError, KeyError) as error:
+                return f"did not say: {error}"
 
-        answers = await asyncio.gather(*(ask(backend) for backend in backends))
-        failed = {b.url: a for b, a in zip(backends, answers, strict=True) if isinstance(a, str)}
-        if failed:
-            raise ControlError("Could not learn the world size", failed)
-        return {b.name: a for b, a in zip(backends, answers, strict=True) if isinstance(a, int)}
+        answers = list(zip(backends, await asyncio.gather(*(ask(backend) for backend in backends)), strict=True))
+        sizes = {backend.name: answer for backend, answer in answers if isinstance(answer, int)}
+        return sizes, {backend.url: answer for backend, answer in answers if isinstance(answer, str)}
 
+    @_guarded
     async def reset_prefix_cache(self) -> None:
         """Resets the servers' prefix caches. After `update_named_param` it ends the update and publishes it.
 
@@ -506,13 +553,13 @@ class AsyncVLLMClientPool:
             [`WeightSyncError`]: when fewer than `min_backends` servers completed an update.
             [`ControlError`]: when a server says that it failed. One that is gone has no cache.
         """
-        self._open()
         was_update = self._weights.updating
         results = await self._weights.reset_caches()
         answered = {name: result for name, result in results.items() if result.ok or result.status is not None}
         if not was_update:
             require_all("Resetting the prefix caches", answered)
 
+    @_guarded
     async def init_communicator(self, device: Any = 0) -> None:
         """Makes a weight update group with every server that is up: one each, because a `trl` server is the master of
         its own.
@@ -523,10 +570,12 @@ class AsyncVLLMClientPool:
         Raises:
             [`WeightSyncError`]: when fewer than `min_backends` servers take part, or tensors could not be moved.
         """
-        self._open()
         members = self._weights.reachable()
         transport = self._transport_for(members)
-        sizes = await self._world_sizes(members)
+        sizes, failed = await self._world_sizes(members)
+        for url, reason in failed.items():
+            logger.warning("%s is left out of weight updates until the next init_communicator: %s", url, reason)
+        members = [backend for backend in members if backend.name in sizes]
         groups = []
         bodies = {}
         ports: dict[str, int] = {}
@@ -548,7 +597,10 @@ class AsyncVLLMClientPool:
         results = await self._weights.open_groups(bodies, members, fresh=True)
         joined = [group for group in groups if results[group.backend].ok]
         if len(joined) < self.config.min_backends:
-            raise WeightSyncError("Too few servers for weight updates", {r.url: str(r) for r in results.values()})
+            raise WeightSyncError(
+                f"{len(joined)} servers take part in weight updates, min_backends={self.config.min_backends}",
+                {**failed, **{r.url: str(r) for r in results.values()}} or self._dispatcher.reasons(),
+            )
         self._weights.transport = transport
         await self._weights.join(joined, device)
 
@@ -564,6 +616,7 @@ class AsyncVLLMClientPool:
             )
         return ControlOnlyTransport()
 
+    @_guarded
     async def update_named_param(self, name: str, weights: Any) -> None:
         """Sends one parameter to every server of the group. The first of an update closes the gate for requests and
         waits for those that are out; [`~AsyncVLLMClientPool.reset_prefix_cache`] or the next generation ends it.
@@ -577,10 +630,11 @@ class AsyncVLLMClientPool:
         Raises:
             [`WeightSyncError`]: when fewer than `min_backends` servers are left.
         """
-        self._open()
         body = msgspec.json.encode(
             {"name": name, "dtype": str(weights.dtype), "shape": [int(size) for size in weights.shape]}
         )
+        if caller.get() is None:
+            caller.set(object())
         await self._weights.announce(body, tensor=weights, owner=caller.get())
 
     async def update_model_params(self, model: Any) -> None:
@@ -592,13 +646,13 @@ class AsyncVLLMClientPool:
         for name, parameter in model.named_parameters():
             await self.update_named_param(name, parameter.data)
 
+    @_guarded
     async def close_communicator(self) -> None:
         """Closes the weight update groups. Servers that are gone are passed over, as TRL's client does.
 
         Raises:
             [`ControlError`]: when a server answered with an error.
         """
-        self._open()
         results = await self._weights.close_groups()
         require_all(
             "Closing the communicators",
@@ -607,6 +661,7 @@ class AsyncVLLMClientPool:
 
     # Beyond VLLMClient
 
+    @_guarded
     async def submit(
         self,
         job: Job,
@@ -617,7 +672,6 @@ class AsyncVLLMClientPool:
         route: Route | None = None,
     ) -> RolloutResult:
         """Serves a checked job; what [`~AsyncVLLMClientPool.generate`] and the gateway's routes are made of."""
-        self._open()
         if self._weights.updating and not self._control_only and self._weights.owner == caller.get():
             await self._weights.reset_caches()
         rollout = Rollout(
@@ -652,6 +706,11 @@ class AsyncVLLMClientPool:
             gate=self._dispatcher.gate,
         )
 
+    def communicators(self) -> list[str]:
+        """URLs of the servers that have a communicator open and are not known to be down."""
+        members = [self._dispatcher.backends.get(name) for name in self._weights.group]
+        return [b.url for b in members if b is not None and b.health.state is not Health.DOWN]
+
     @property
     def weights(self) -> WeightCoordinator:
         """The coordinator of weight updates."""
@@ -662,6 +721,7 @@ class AsyncVLLMClientPool:
         """The fleet's protocol."""
         return self._dialect
 
+    @_guarded
     async def add_backend(self, url: str) -> str:
         """Adds a server; it takes requests once a probe has found it. After a weight update it waits for the next.
 
@@ -671,7 +731,6 @@ class AsyncVLLMClientPool:
         Raises:
             [`ConfigurationError`]: for a malformed address, or one that is there already.
         """
-        self._open()
         address = BackendAddress.parse(url)
         if address.name in self._dispatcher.backends:
             raise DuplicateBackendError(f"backend {address.url} is in the pool already")
@@ -703,6 +762,7 @@ class AsyncVLLMClientPool:
         self._dispatcher.changed()
         return backend.statistics()
 
+    @_guarded
     async def drain_backend(self, name: str, *, timeout: float | None = None) -> None:
         """Gives a server no further requests and waits for those it has.
 
@@ -719,6 +779,7 @@ class AsyncVLLMClientPool:
         limit = self.config.drain_timeout if timeout is None else timeout
         await self._dispatcher.until(lambda: None if backend.inflight else True, timeout=limit)
 
+    @_guarded
     async def remove_backend(self, name: str, drain: bool = True, *, timeout: float | None = None) -> None:
         """Takes a server out of the pool.
 
@@ -731,7 +792,6 @@ class AsyncVLLMClientPool:
         Raises:
             [`UnknownBackendError`]: when there is none of that name.
         """
-        self._open()
         self.stop_backend(name)
         backend = find(self._dispatcher.backends, name)
         if drain:
@@ -749,9 +809,8 @@ CLOSE_SECONDS = 5.0
 """Longest time that closing a pool may take."""
 
 
-def describe(kind: str, pool: AsyncVLLMClientPool) -> str:
+def describe(kind: str, statistics: PoolStatistics) -> str:
     """A pool's `repr`: which backends, which are eligible, why the others are not."""
-    statistics = pool.statistics()
     eligible = sum(backend.eligible for backend in statistics.backends)
     backends = "; ".join(f"{b.name} {b.reason or b.health}, {b.inflight} in flight" for b in statistics.backends)
     gate = f", {statistics.gate}" if statistics.gate else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,10 +107,10 @@ class Rollout:
         self._answers: list[Any] = [None] * count
         self._served_by: list[str | None] = [None] * count
         self._history: list[list[Attempt]] = [[] for _ in range(count)]
+        self._turned_away: dict[int, Attempt] = {}  # the last "busy" of each prompt, which is no failure
         self._costs = [0] * count
         self._errors = [0] * count
         self._given_up: set[int] = set()
-        self._outstanding: dict[str, int] = {}
         self._charged: set[str] = set()
         self._suspicions: list[_Suspicion] = []
         self._no_backend: NoBackendAvailableError | OverloadedError | None = None
@@ -147,15 +147,16 @@ class Rollout:
         keys = self._keys()
         shards: Sequence[tuple[Lease, list[int]]] | None = None
         whole = self._route.session_id is not None or not self._config.split_batches
+        each = self._want(indices[:1])
         if not whole:
             try:
-                shards = self._dispatcher.split(self._lane, keys, self._job.n)
+                shards = self._dispatcher.split(each, keys)
             except NoBackendAvailableError:
                 shards = None  # the queue knows how long to hope
         if shards is None:
-            want = Want(self._lane, self._weight(indices), key=keys[0])
+            want = self._want(indices, key=keys[0])
             lease = await self._dispatcher.lease(want, until=self._deadline, new_call=True)
-            shards = [(lease, indices)] if whole else self._dispatcher.spread(lease, keys, self._job.n)
+            shards = [(lease, indices)] if whole else self._dispatcher.spread(lease, each, keys)
         try:
             async with asyncio.TaskGroup() as group:
                 for lease, share in shards:
@@ -209,7 +210,6 @@ class Rollout:
         """One piece on one backend; a busy one only passes it on."""
         if lease is not None:
             lease.weight = self._weight(piece)
-            self._outstanding[lease.backend.name] = self._outstanding.get(lease.backend.name, 0) + 1
         while True:
             if lease is None:
                 try:
@@ -224,27 +224,26 @@ class Rollout:
                 outcome = await self._attempt(lease, piece)
             finally:
                 backend.release_unused(lease)
-                self._outstanding[backend.name] -= 1
-                self._dispatcher.changed()
             if outcome is not Outcome.BUSY:
                 return
             lease, home = None, None
 
     async def _lease(self, piece: Sequence[int], home: str | None) -> Lease:
         tried = {attempt.backend for i in piece for attempt in self._history[i]}
-        want = Want(
-            self._lane,
-            self._weight(piece),
-            home=home,
-            tried={b.name for b in self._dispatcher.backends.values() if b.url in tried},
-            crowded=self._crowded,
-        )
-        lease = await self._dispatcher.lease(want, until=self._deadline, new_call=not any(self._history))
-        self._outstanding[lease.backend.name] = self._outstanding.get(lease.backend.name, 0) + 1
-        return lease
+        names = {b.name for b in self._dispatcher.backends.values() if b.url in tried}
+        want = self._want(piece, home=home, tried=names)
+        # A call that nobody has accepted yet may still be turned away; one that is under way waits its turn.
+        return await self._dispatcher.lease(want, until=self._deadline, new_call=self._untouched())
 
-    def _crowded(self, name: str) -> bool:
-        return self._dialect.one_request_at_a_time and self._outstanding.get(name, 0) >= self._route.per_backend
+    def _untouched(self) -> bool:
+        under_way = any(b.leased_to(self) for b in self._dispatcher.backends.values())
+        return not (under_way or any(self._history) or any(self._served_by))
+
+    def _want(
+        self, piece: Sequence[int], *, key: str | None = None, home: str | None = None, tried: Container[str] = ()
+    ) -> Want:
+        per_backend = self._route.per_backend if self._dialect.one_request_at_a_time else None
+        return Want(self._lane, self._weight(piece), key, home, tried, self, per_backend)
 
     async def _attempt(self, lease: Lease, piece: list[int]) -> Outcome:
         """Sends a piece on a lease, gives the lease back, and keeps the books."""
@@ -290,23 +289,18 @@ class Rollout:
         backend, outcome = lease.backend, error.outcome
         rule = retry.RULES[outcome]
         reason = f"{outcome.value}: {error.detail}"
-        logger.warning(
-            "%s with %d prompts: %s after %.1f s: %s",
-            backend.url,
-            len(piece),
-            outcome.value,
-            seconds,
-            error.detail,
-        )
+        attempt = Attempt(backend.url, outcome, error.detail, len(piece), seconds)
+        level = logging.INFO if outcome is Outcome.BUSY else logging.WARNING
+        logger.log(level, "%d prompts: %s", len(piece), attempt)
         charged = rule.verdict is Verdict.FAILURE and charge and backend.name not in self._charged
         if charged:
             self._charged.add(backend.name)
         backend.failed(error)
         backend.release(lease, Verdict.FAILURE if charged else Verdict.NEUTRAL, reason=reason)
         if outcome is Outcome.BUSY:
+            self._turned_away.update(dict.fromkeys(piece, attempt))
             return
         backend.moved(len(piece))
-        attempt = Attempt(backend.url, outcome, error.detail, len(piece), seconds)
         for index in piece:
             self._history[index].append(attempt)
             self._costs[index] += rule.costs
@@ -334,7 +328,11 @@ class Rollout:
 
     def _failure(self, kind: type[RolloutError], reason: str) -> RolloutError:
         completed = [i for i, answer in enumerate(self._answers) if answer is not None]
-        failed = {i: self._history[i] for i, answer in enumerate(self._answers) if answer is None}
+        failed = {
+            i: self._history[i] or [self._turned_away[i]] if i in self._turned_away else self._history[i]
+            for i, answer in enumerate(self._answers)
+            if answer is None
+        }
         result = self._dialect.merge(self._job, [self._answers[i] for i in completed]) if completed else None
         return kind(failed, completed=completed, result=result, reason=reason)
 

@@ -56,6 +56,7 @@ class _Update:
     """An update under way."""
 
     members: dict[str, Backend]
+    incarnations: dict[str, int]
     owner: object
     parameters: int = 0
     dropped: dict[str, str] = field(default_factory=dict)
@@ -250,19 +251,26 @@ class WeightCoordinator:
             if self._update is None:
                 self._begin(owner)
             assert self._update is not None
-            update = self._update
-            self._extend()
-            results = await self.broadcast(
-                "/update_named_param/", dict.fromkeys(update.members, body), update.members.values()
+            try:
+                return await self._announce(self._update, body, tensor)
+            except BaseException as error:
+                # Somebody was told of a tensor that may never come: whoever took part holds mixed weights.
+                self._abandon(f"{type(error).__name__} in the middle of it")
+                raise
+
+    async def _announce(self, update: _Update, body: bytes, tensor: Any) -> dict[str, ControlResult]:
+        self._extend()
+        self._drop_restarted(update)
+        whom = list(update.members.values())
+        results = await self.broadcast("/update_named_param/", {b.name: body for b in whom}, whom)
+        self._drop(update, results)
+        if self.transport is not None:
+            await anyio.to_thread.run_sync(
+                self.transport.broadcast, tensor, list(update.members), abandon_on_cancel=True
             )
-            self._drop(update, results)
-            if update.members and self.transport is not None:
-                await anyio.to_thread.run_sync(
-                    self.transport.broadcast, tensor, list(update.members), abandon_on_cancel=True
-                )
-            update.parameters += 1
-            self._extend()
-            return results
+        update.parameters += 1
+        self._extend()
+        return results
 
     def _begin(self, owner: object) -> None:
         members = {b.name: b for b in (self.everybody() if self._all_or_nothing else self._grouped())}
@@ -274,7 +282,7 @@ class WeightCoordinator:
         left_out = [b.url for b in self._dispatcher.backends.values() if b.name not in members]
         if left_out:
             logger.warning("Weight update v%d leaves out %s", self.number + 1, ", ".join(left_out))
-        self._update = _Update(members, owner)
+        self._update = _Update(members, {b.name: b.incarnation for b in members.values()}, owner)
         self._dispatcher.close_gate(f"weight update v{self.number + 1} is under way")
         for backend in members.values():
             backend.sync.lost(f"update v{self.number + 1} did not reach its end")
@@ -282,6 +290,15 @@ class WeightCoordinator:
     def _grouped(self) -> list[Backend]:
         """Those that have a communicator still: a server that came back from the dead has lost it."""
         return [b for b in self.reachable() if self._group.get(b.name) == b.incarnation]
+
+    def _drop_restarted(self, update: _Update) -> None:
+        """A server that was gone meanwhile has lost what it was sent."""
+        gone = {
+            name: ControlResult(backend.url, False, "it was restarted during the update")
+            for name, backend in update.members.items()
+            if backend.incarnation != update.incarnations[name]
+        }
+        self._drop(update, gone)
 
     def _drop(self, update: _Update, results: Mapping[str, ControlResult]) -> None:
         failed = {name: result for name, result in results.items() if not result.ok}
@@ -306,11 +323,17 @@ class WeightCoordinator:
         """
         async with self._alone("prefix caches are being reset"):
             update = self._update
-            whom = list(update.members.values()) if update else self._holders()
-            results = await self.broadcast("/reset_prefix_cache/", {}, whom)
-            if update is not None:
+            if update is None:
+                return await self.broadcast("/reset_prefix_cache/", {}, self._holders())
+            try:
+                self._drop_restarted(update)
+                results = await self.broadcast("/reset_prefix_cache/", {}, update.members.values())
                 self._drop(update, results)
-                self._publish(update)
+                self._drop_restarted(update)
+            except BaseException as error:
+                self._abandon(f"{type(error).__name__} at its end")
+                raise
+            self._publish(update)
             return results
 
     def _holders(self) -> list[Backend]:
