@@ -135,6 +135,7 @@ class Backend:
         # Requests nobody waits for any more, which the server still works on.
         self._orphans: dict[asyncio.Task[Answer], str] = {}
         self._broken = (Outcome.LOST, "")
+        self._removed = False
         self._requests = self._prompts = self._failures = self._failovers = 0
         self._seconds = 0.0
         self._answered = 0
@@ -246,7 +247,7 @@ class Backend:
 
     def failed(self, error: AttemptError) -> None:
         """Counts a failed request and draws what it says about health and weights."""
-        self._failures += 1
+        self._failures += error.outcome is not Outcome.BUSY
         if error.outcome is Outcome.BUSY:
             floor = min(_BUSY_FLOOR_SECONDS * 2**self._busy_streak, _BUSY_CEILING_SECONDS)
             self._busy_streak = min(self._busy_streak + 1, 10)
@@ -291,6 +292,8 @@ class Backend:
         A scoring request that nobody waits for any more is not dropped where that matters: the server would go on
         with it, and mix up its reply with that of the next generation. It keeps its lane until it is answered.
         """
+        if self._removed:
+            raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
         self._requests += 1
         try:
             # A time-out without a time: break_off() sets one.
@@ -341,6 +344,8 @@ class Backend:
 
     async def aclose(self) -> None:
         """Ends what is still out and closes the connections."""
+        self._removed = True
+        self.break_off(Outcome.UNAVAILABLE, "it was removed from the pool")
         orphans = list(self._orphans)
         for task in orphans:
             task.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import time
 from collections.abc import Callable, Mapping
@@ -95,6 +96,7 @@ class Exchange:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url = address.url
+        self._address = address
         self._clock = clock
         self._shares_transport = transport is not None
         common: dict[str, Any] = {
@@ -120,6 +122,27 @@ class Exchange:
         if not self._shares_transport:
             await self._client.aclose()
             await self._fresh.aclose()
+
+    @property
+    def has_sockets(self) -> bool:
+        """Whether there is a real server behind it, rather than a transport given from outside."""
+        return not self._shares_transport
+
+    async def until_closed(self) -> None:
+        """Opens a connection, says nothing, and returns when the server closes it.
+
+        uvicorn leaves a connection alone on which no request was made, so it lives as long as the server's process.
+
+        Raises:
+            `OSError`: when there is no connection.
+        """
+        reader, writer = await asyncio.open_connection(self._address.host, self._address.port)
+        try:
+            with contextlib.suppress(OSError):
+                while await reader.read(1024):
+                    pass
+        finally:
+            writer.close()
 
     async def post(
         self, path: str, body: bytes, *, timeout: float | None, headers: Mapping[str, str] | None = None

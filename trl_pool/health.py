@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.05
 
+_CLOSE_LOOKS = (0.0, 0.1, 0.3)
+"""Seconds before each probe of a backend whose connection broke."""
+
 _VANISHED_PROBES = 5
 """Probes in a row without even a connection after which requests that are out are given up. TCP outlives a short
 network outage, and so should a rollout of many minutes."""
@@ -74,6 +77,7 @@ class HealthMonitor:
         self._backends, self._config, self._rng, self._changed = backends, config, rng, changed
         self._loop_task: asyncio.Task[None] | None = None
         self._urgent: dict[str, asyncio.Task[None]] = {}
+        self._sentinels: dict[str, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         """Starts the background rounds; a second time does nothing."""
@@ -82,7 +86,9 @@ class HealthMonitor:
 
     async def aclose(self) -> None:
         """Ends every probe."""
-        tasks = [*self._urgent.values(), *([self._loop_task] if self._loop_task else [])]
+        tasks = [*self._urgent.values(), *self._sentinels.values()]
+        if self._loop_task is not None:
+            tasks.append(self._loop_task)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -96,11 +102,35 @@ class HealthMonitor:
                 logger.exception("A round of health probes failed; the next one goes on")
 
     def probe_soon(self, backend: Backend) -> None:
-        """Probes one backend now, in the background, unless that is under way."""
+        """Probes one backend in the background, now and twice more: a process that dies takes a moment to."""
         if backend.name not in self._urgent:
-            task = asyncio.create_task(self.probe_once([backend]))
+            task = asyncio.create_task(self._probe_closely(backend))
             self._urgent[backend.name] = task
             task.add_done_callback(lambda _: self._urgent.pop(backend.name, None))
+
+    async def _probe_closely(self, backend: Backend) -> None:
+        for delay in _CLOSE_LOOKS:
+            await asyncio.sleep(delay)
+            await self.probe_once([backend])
+
+    def _watch(self, backend: Backend) -> None:
+        """Keeps a connection open that ends with the server's process. A server that restarts between two probes
+        looks to them as if nothing had happened, and has forgotten its weights."""
+        if backend.exchange.has_sockets and backend.name not in self._sentinels and not backend.draining:
+            task = asyncio.create_task(self._stand_by(backend))
+            self._sentinels[backend.name] = task
+            task.add_done_callback(lambda _: self._sentinels.pop(backend.name, None))
+
+    async def _stand_by(self, backend: Backend) -> None:
+        with contextlib.suppress(OSError):
+            await backend.exchange.until_closed()
+            self.probe_soon(backend)
+
+    def forget(self, backend: Backend) -> None:
+        """Stops looking at a backend that left the pool."""
+        for tasks in (self._urgent, self._sentinels):
+            if backend.name in tasks:
+                tasks[backend.name].cancel()
 
     async def probe_once(self, backends: Iterable[Backend] | None = None, *, timeout: float | None = None) -> None:
         """One round over all backends, or some, at the same time.
@@ -134,15 +164,17 @@ class HealthMonitor:
                 backend.health.unreachable(error.detail)
                 if backend.health.unreached >= _VANISHED_PROBES:
                     # No process left to close our connections: without this they would wait for request_timeout.
-                    backend.may_have_restarted(f"it could not be reached: {error.detail}")
                     backend.break_off(Outcome.LOST, f"its host has vanished ({error.detail})")
         else:
             if answer.status == 200:
                 backend.simulated = answer.headers.get("server") == SIMULATED
                 if backend.health.answered(_model_version(answer.body)):
                     backend.breaker.server_restarted()
+                self._watch(backend)
             else:
                 backend.health.wrong(f"health probe answered {answer.status}")
+        if backend.health.state is Health.DOWN and before is not Health.DOWN:
+            backend.may_have_restarted("it was down since the last update")
         if backend.health.state is not before:
             level = logging.WARNING if backend.health.state in (Health.DOWN, Health.SUSPECT) else logging.INFO
             logger.log(level, "%s is %s %s", backend.url, backend.health.state.value, backend.health.reason)

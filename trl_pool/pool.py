@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,6 @@ from .errors import (
     DuplicateBackendError,
     ForkedProcessError,
     InvalidRequestError,
-    Outcome,
     PoolClosedError,
     RequestRejectedError,
     WeightSyncError,
@@ -580,10 +580,12 @@ class AsyncVLLMClientPool:
         bodies = {}
         ports: dict[str, int] = {}
         for backend in members:
-            # Each server's worker binds the port on its own host, so servers that share a host need different ones.
+            # Each server's worker binds the port on its own host, so servers that share a host need different ones,
+            # by whatever names they go.
             host = backend.address.host
-            port = ports.get(host, self.group_port)
-            ports[host] = port + 1
+            machine = await resolve(host) if backend.exchange.has_sockets else host
+            port = ports.get(machine, self.group_port)
+            ports[machine] = port + 1
             world_size = sizes[backend.name] + 1
             groups.append(GroupMember(backend.name, host, port, world_size, world_size - 1))
             bodies[backend.name] = msgspec.json.encode(
@@ -800,13 +802,22 @@ class AsyncVLLMClientPool:
             except TimeoutError:
                 logger.warning("%s did not drain in time; breaking off %d requests", backend.url, backend.inflight)
         self._dispatcher.remove(backend)
-        backend.break_off(Outcome.UNAVAILABLE, "it was removed from the pool")
+        self._monitor.forget(backend)
         await backend.aclose()
         logger.info("Removed %s", backend.url)
 
 
 CLOSE_SECONDS = 5.0
 """Longest time that closing a pool may take."""
+
+
+async def resolve(host: str) -> str:
+    """The host as an IP address if it resolves, else as it is."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return host
+    return str(found[0][4][0])
 
 
 def describe(kind: str, statistics: PoolStatistics) -> str:

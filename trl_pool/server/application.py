@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import secrets
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
@@ -29,7 +28,7 @@ from ..dialects.trl_requests import (
     UpdateNamedParamRequest,
 )
 from ..errors import NoBackendAvailableError, PoolError
-from ..pool import AsyncVLLMClientPool
+from ..pool import AsyncVLLMClientPool, resolve
 from ..weights.coordinator import ControlResult, require_all
 from .drain import Drain
 from .failures import BodyTooLargeError, ClientGoneError, failure, json_response
@@ -290,8 +289,8 @@ def _add_pool_routes(app: FastAPI) -> None:
         reasons = {b.url: b.reason for b in backends if not b.eligible}
         headers = {}
         if len(backends) == 1:
-            # A stock trainer takes this for the rendezvous host of its weight update group.
-            headers["x-forwarded-for"] = await _address(_pool(request).address_of(backends[0].name).host)
+            # A stock trainer takes this for the rendezvous host of its weight update group; it may not know the name.
+            headers["x-forwarded-for"] = await resolve(_pool(request).address_of(backends[0].name).host)
         body = {"status": "ok", "eligible": len(backends) - len(reasons), "not_eligible": reasons}
         return json_response(body, headers=headers)
 
@@ -342,12 +341,3 @@ def _add_pool_routes(app: FastAPI) -> None:
     _add(app, "POST", "/pool/backends/{name:path}/drain", drain_backend)
     _add(app, "DELETE", "/pool/backends/{name:path}", remove_backend)
     _add(app, "GET", "/pool/stats", stats)
-
-
-async def _address(host: str) -> str:
-    """The host as an IP address if it resolves; a trainer elsewhere may not know the name."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return host
-    return str(found[0][4][0])
