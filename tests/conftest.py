@@ -1,0 +1,132 @@
+"""Simulated fleets, pools with short time-outs, and a way to wait for state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from trl_pool import PoolConfig, VLLMClientPool
+from trl_pool.sim import SimFleet, SimProcess, start_fleet
+
+QUICK: dict[str, Any] = {
+    "health_interval": 0.1,
+    "health_timeout": 0.5,
+    "connect_timeout": 2.0,
+    "request_timeout": 20.0,
+    "total_timeout": 30.0,
+    "control_timeout": 5.0,
+    "drain_timeout": 10.0,
+    "backend_wait_seconds": 5.0,
+    "backoff_seconds": 0.01,
+}
+"""Settings under which seconds become tenths."""
+
+
+def quick(**settings: Any) -> PoolConfig:
+    """A configuration with short time-outs."""
+    return PoolConfig(**{**QUICK, **settings})
+
+
+def eventually(holds: Callable[[], Any], timeout: float = 10.0) -> Any:
+    """Polls until `holds()` gives something true, and returns that; what it raises is not hidden."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = holds()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {timeout} s"
+        time.sleep(0.01)
+
+
+def ask(sim: SimProcess, endpoint: str, **body: Any) -> Any:
+    """What one server answers by itself."""
+    with httpx.Client(trust_env=False, timeout=20) as client:
+        return client.post(f"{sim.url}/{endpoint}/", json=body).raise_for_status().json()
+
+
+def received(sims: Sequence[SimProcess], endpoint: str = "generate") -> list[int]:
+    """How many requests each server has had at an endpoint."""
+    return [sim.state()["endpoints"][endpoint]["received"] for sim in sims]
+
+
+class Tensor:
+    """As much of a tensor as an announcement needs."""
+
+    dtype = "torch.float32"
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape or (2, 3)
+
+
+def _made_new(sims: Sequence[SimProcess]) -> None:
+    """Every server as after its start: no faults, no counts, the first weights."""
+    dirty = []
+    for sim in sims:
+        if sim.running:
+            sim.clear_faults()
+            state = sim.state()
+            if not (
+                state["poisoned"]
+                or state["dead_worker"]
+                or state["communicator"]
+                or state["weights"]["updates"]
+                or state["in_flight"]
+            ):
+                sim.forget()
+                continue
+        dirty.append(sim.restart(wait=False))
+    for sim in dirty:
+        sim.wait_ready()
+
+
+@pytest.fixture(scope="session")
+def _sims() -> Iterator[SimFleet]:
+    with SimFleet() as sims:
+        yield sims
+
+
+@pytest.fixture
+def fleet(_sims: SimFleet) -> Callable[[int], list[SimProcess]]:
+    """`fleet(n)`: n simulated servers, shared by all tests and made new for each."""
+
+    def give(n: int) -> list[SimProcess]:
+        if len(_sims) < n:
+            _sims.extend(start_fleet(n - len(_sims)))
+        _made_new(_sims[:n])
+        return list(_sims[:n])
+
+    return give
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., VLLMClientPool]]:
+    """`make_pool(sims, **settings)`: a pool over them, closed after the test. Constructor arguments of the pool
+    that are no settings go by their names as well."""
+    pools = []
+
+    def make(sims: Sequence[SimProcess | str], **settings: Any) -> VLLMClientPool:
+        arguments = {
+            name: settings.pop(name)
+            for name in ("session_id", "transport", "weight_transport", "group_port", "connection_timeout")
+            if name in settings
+        }
+        urls = [sim if isinstance(sim, str) else sim.url for sim in sims]
+        pool = VLLMClientPool(urls, config=quick(**settings), **{"connection_timeout": 10, **arguments})
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., Future[Any]]]:
+    """`background(function, *args, **kwargs)`: calls it in another thread and gives its future."""
+    with ThreadPoolExecutor(max_workers=32) as threads:
+        yield threads.submit

@@ -1,0 +1,80 @@
+"""`python -m trl_pool.sim`: a simulated vLLM server for tests, examples and load tests."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+
+from trl_pool.sim.config import DIALECTS, SimConfig
+from trl_pool.sim.engine import TOKEN_LIMIT, Latency
+from trl_pool.sim.serve import ServeOptions, serve
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_pool.sim",
+        description="A simulated vLLM server. Prints a line of JSON (url, control_url, pid) once it listens.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dialect", choices=DIALECTS, default="trl", help="wire protocol")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="port of the dialect's routes; 0 for any free one")
+    add("--control-port", type=int, default=0, help="port of the /sim/ routes; 0 for any free one")
+    add("--weights", default="checkpoint", help="name of the weights to start with: same name, same tokens")
+    add("--model-version", default=None, help="model_version told by /health/; real servers tell none")
+    add("--max-model-len", type=int, default=4096, help="a prompt of this many tokens is poison")
+    add("--vocab-size", type=int, default=TOKEN_LIMIT, help="a prompt with a token id of this or more is poison")
+    add(
+        "--max-logprobs",
+        type=int,
+        default=-1,
+        help="more per token than this kill the worker; -1: any number",
+    )
+    add("--tensor-parallel-size", type=int, default=1, help="factor of the world size")
+    add("--data-parallel-size", type=int, default=1, help="factor of the world size")
+    add("--latency-ms", type=float, default=0.0, help="time per request")
+    add("--prefill-ms-per-token", type=float, default=0.0, help="time per prompt token")
+    add("--decode-ms-per-token", type=float, default=0.0, help="time per step of the longest completion")
+    add("--timeout-keep-alive", type=float, default=5.0, help="seconds until idle connections are closed")
+    add("--start-delay", type=float, default=0.0, help="seconds until it listens")
+    add("--watch-stdin", action="store_true", help="end when standard input ends")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a simulated server until it is told to stop."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        config = SimConfig(
+            dialect=args.dialect,
+            weights=args.weights,
+            max_model_len=args.max_model_len,
+            vocab_size=args.vocab_size,
+            max_logprobs=args.max_logprobs,
+            tensor_parallel_size=args.tensor_parallel_size,
+            data_parallel_size=args.data_parallel_size,
+            model_version=args.model_version,
+            latency=Latency(args.latency_ms, args.prefill_ms_per_token, args.decode_ms_per_token),
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    options = ServeOptions(
+        host=args.host,
+        port=args.port,
+        control_port=args.control_port,
+        keep_alive_seconds=args.timeout_keep_alive,
+        start_delay_seconds=args.start_delay,
+        watch_stdin=args.watch_stdin,
+    )
+    try:
+        asyncio.run(serve(config, options, announce=lambda line: print(line, flush=True)))
+    except OSError as error:  # a port that is taken, say
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
