@@ -24,7 +24,8 @@ from .errors import (
     UnknownBackendError,
     WeightSyncError,
 )
-from .pool import AsyncVLLMClientPool, PoolStatistics
+from .fleet import PoolStatistics
+from .pool import AsyncVLLMClientPool
 
 __all__ = [
     "AsyncVLLMClientPool",

@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import contextlib
 import logging
-import os
 import threading
 import time
 import weakref
@@ -20,18 +19,9 @@ import requests
 from anyio.from_thread import BlockingPortal
 
 from .config import PoolConfig
-from .errors import ForkedProcessError, PoolClosedError
-from .pool import (
-    CLOSE_SECONDS,
-    DEFAULT_GROUP_PORT,
-    DEFAULT_HOST,
-    DEFAULT_PORT,
-    USER_AGENT,
-    AsyncVLLMClientPool,
-    PoolStatistics,
-    caller,
-    describe,
-)
+from .fleet import CLOSE_SECONDS, DEFAULT_HOST, DEFAULT_PORT, USER_AGENT, PoolStatistics, describe
+from .lifetime import Lifetime
+from .pool import DEFAULT_GROUP_PORT, AsyncVLLMClientPool, caller
 from .weights.transport import WeightTransport
 
 logger = logging.getLogger(__name__)
@@ -90,8 +80,7 @@ class VLLMClientPool:
         session_id: str | None = None,
         weight_transport: WeightTransport | None = None,
     ) -> None:
-        self._pid = os.getpid()
-        self._closed = False
+        self._lifetime = Lifetime(type(self).__name__)
         self._portal, self._thread = _start_loop()
         try:
             self._pool = self._portal.call(
@@ -128,16 +117,16 @@ class VLLMClientPool:
             self.close()
 
     def __repr__(self) -> str:
-        if self._closed or os.getpid() != self._pid:
-            return f"<{type(self).__name__} {'closed' if self._closed else 'of another process'}>"
+        if self._lifetime.over:
+            return f"<{type(self).__name__} {'closed' if self._lifetime.closed else 'of another process'}>"
         return describe(type(self).__name__, self.statistics())
 
     def close(self) -> None:
         """Closes communicators and connections, in a few seconds at most. A second time, and in a forked child,
         nothing."""
-        if self._closed or os.getpid() != self._pid:
+        if self._lifetime.over:
             return
-        self._closed = True
+        self._lifetime.close()
         _at_exit.discard(self)
         pool = getattr(self, "_pool", None)
         if threading.current_thread() is self._thread:  # collected as garbage in there: it cannot wait for itself
@@ -154,14 +143,14 @@ class VLLMClientPool:
 
     def _close_at_exit(self) -> None:
         """Closes communicators without the event loop: it cannot even resolve names any more."""
-        if self._closed or os.getpid() != self._pid:
+        if self._lifetime.over:
             return
-        self._closed = True
+        self._lifetime.close()
         post_all([f"{url}/close_communicator/" for url in self._pool.communicators()], seconds=CLOSE_SECONDS)
 
     def _call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
         """Runs a coroutine function on the loop; an interrupt (Ctrl-C) cancels it there and returns at once."""
-        self._check_usable()
+        self._lifetime.check()
         token = caller.set(threading.get_ident())
         try:
             future: Future[T] = self._portal.start_task_soon(lambda: function(*args, **kwargs))
@@ -172,15 +161,6 @@ class VLLMClientPool:
                 raise
         finally:
             caller.reset(token)
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedProcessError(
-                f"{type(self).__name__} was made in process {self._pid} and cannot be used in its forked child "
-                f"{os.getpid()}; make one there, or use it in the parent only"
-            )
-        if self._closed:
-            raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
 
     # Forwarded
 
@@ -329,7 +309,7 @@ class VLLMClientPool:
 
     def statistics(self) -> PoolStatistics:
         """See [`AsyncVLLMClientPool.statistics`]."""
-        self._check_usable()
+        self._lifetime.check()
         return self._portal.call(self._pool.statistics)  # on the loop, where nothing changes meanwhile
 
 

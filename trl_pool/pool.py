@@ -1,119 +1,50 @@
-"""The pool, asynchronous: the one place where balancing, health, breakers and weights meet."""
+"""The pool, asynchronous: what TRL's `VLLMClient` can be asked, asked of a fleet."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
 import contextvars
-import functools
 import logging
-import os
 import random
-import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import anyio.to_thread
 import httpx
 import msgspec
 
 from . import validation
-from ._version import __version__
-from .addresses import BackendAddress, parse_backends
-from .backend import Backend, BackendStatistics, find
+from .backend import Backend
 from .config import PoolConfig
-from .dialects.base import Dialect, Job
-from .dialects.trl import TrlDialect
+from .dialects.base import Job
 from .dialects.trl_requests import ChatRequest, GenerateRequest, SequenceLogprobsRequest
-from .dispatch import Dispatcher
 from .errors import (
     AttemptError,
     BackendMismatchError,
-    BackendsUnreachableError,
-    ConfigurationError,
     ControlError,
-    DuplicateBackendError,
-    ForkedProcessError,
     InvalidRequestError,
-    PoolClosedError,
     RequestRejectedError,
     WeightSyncError,
 )
-from .exchange import Exchange, judge
-from .facts import Health
-from .health import HealthMonitor
+from .exchange import judge
+from .fleet import DEFAULT_HOST, DEFAULT_PORT, Fleet, resolve, resolve_backends
+from .lifetime import guarded
+from .media import encode_images, encode_messages, tool_schema
 from .rollout import ProgressBar, Rollout, RolloutResult, Route
-from .weights.coordinator import WeightCoordinator, require_all
+from .weights.coordinator import require_all
 from .weights.transport import ControlOnlyTransport, GroupMember, WeightTransport
 
 logger = logging.getLogger(__name__)
 
-USER_AGENT = f"trl_pool/{__version__}"
-
-DEFAULT_HOST = "0.0.0.0"
-DEFAULT_PORT = 8000
 DEFAULT_GROUP_PORT = 51216
 
 caller: contextvars.ContextVar[object] = contextvars.ContextVar("trl_pool_caller", default=None)
 """Who calls: a weight update may be ended by a `generate` of whoever makes it, and by nobody else's. The synchronous
 face sets it to the calling thread; otherwise it is the task that makes the update, and tasks it starts."""
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def _guarded(
-    method: Callable[Concatenate[AsyncVLLMClientPool, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[AsyncVLLMClientPool, P], Coroutine[Any, Any, T]]:
-    """Lets a method run only in an open pool of this process, and ends it when the pool is closed meanwhile."""
-
-    @functools.wraps(method)
-    async def guarded(self: AsyncVLLMClientPool, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        async with self._in_use():
-            return await method(self, *args, **kwargs)
-
-    return guarded
-
-
-@dataclass(frozen=True)
-class PoolStatistics:
-    """The pool at one moment.
-
-    Args:
-        backends (`tuple[BackendStatistics, ...]`): Every backend.
-        waiting (`int`): Pieces of work that wait for a slot.
-        weight_version (`str`): `<run id>:<n>`, n counting the weight updates.
-        gate (`str` or `None`): Why no request is sent to anybody now (a weight update), or `None`.
-    """
-
-    backends: tuple[BackendStatistics, ...]
-    waiting: int
-    weight_version: str
-    gate: str | None
-
-
-def resolve_backends(
-    base_url: str | Iterable[str] | None, host: str, server_port: int
-) -> tuple[list[BackendAddress], bool]:
-    """Which backends the constructor's arguments mean, and whether they came from the environment.
-
-    `base_url` wins, then `host` and `server_port` if one of them was given, then `BACKENDS`.
-    """
-    if base_url is not None:
-        return parse_backends(base_url), False
-    if (host, server_port) == (DEFAULT_HOST, DEFAULT_PORT) and os.environ.get("BACKENDS", "").strip():
-        try:
-            return parse_backends(os.environ["BACKENDS"]), True
-        except ConfigurationError as error:
-            raise ConfigurationError(f"BACKENDS={os.environ['BACKENDS']!r}: {error}") from None
-    return parse_backends(f"http://{f'[{host}]' if ':' in host else host}:{server_port}"), False
-
-
-class AsyncVLLMClientPool:
+class AsyncVLLMClientPool(Fleet):
     """Many `trl vllm-serve` servers behind the methods of TRL's `VLLMClient`, for asyncio.
 
     Used as `async with AsyncVLLMClientPool(...) as pool:`, which waits for the servers as
@@ -162,163 +93,21 @@ class AsyncVLLMClientPool:
         addresses, from_env = resolve_backends(base_url, host, server_port)
         if config is None:
             config = PoolConfig.from_env() if from_env else PoolConfig()
-        self.config = config
-        self.group_port, self.session_id = group_port, session_id
-        self._connection_timeout = connection_timeout
-        self._transport, self._weight_transport = transport, weight_transport
-        self._control_only = control_only
-        self._clock = clock
-        self._rng = rng or random.Random()
-        self._pid = os.getpid()
-        self._closed = False
-        self._scopes: set[asyncio.Timeout] = set()
-        self._unused = asyncio.Event()
-        self._unused.set()
-        self._dialect: Dialect = TrlDialect()
-        self._dispatcher = Dispatcher(config, clock=clock, rng=self._rng)
-        self._weights = WeightCoordinator(self._dispatcher, config, clock=clock, all_or_nothing=control_only)
-        self._monitor = HealthMonitor(
-            lambda: self._dispatcher.backends.values(),
+        super().__init__(
+            addresses,
             config,
-            rng=self._rng,
-            changed=self._dispatcher.changed,
+            connection_timeout=connection_timeout,
+            transport=transport,
+            control_only=control_only,
+            clock=clock,
+            rng=rng,
         )
-        for address in addresses:
-            self._dispatcher.add(self._backend(address))
-
-    def _backend(self, address: BackendAddress) -> Backend:
-        return Backend(
-            address,
-            dialect=self._dialect,
-            config=self.config,
-            exchange=Exchange(
-                address, self.config, transport=self._transport, user_agent=USER_AGENT, clock=self._clock
-            ),
-            clock=self._clock,
-            required_weights=lambda: self._weights.number,
-            changed=self._dispatcher.changed,
-            doubted=self._monitor.probe_soon,
-        )
-
-    # Life
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.check_server(self._connection_timeout)
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Closes communicators (in bounded time) and connections. A second time, and in a forked child, nothing."""
-        if self._closed or os.getpid() != self._pid:
-            return
-        self._closed = True
-        for scope in self._scopes:
-            scope.reschedule(asyncio.get_running_loop().time())
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._unused.wait()
-                if self._weights.group and not self._control_only:
-                    await self._weights.close_groups()
-        except TimeoutError:
-            logger.warning("Closing communicators took longer than %g s; left behind", CLOSE_SECONDS)
-        finally:
-            self._weights.close()
-            self._dispatcher.close()
-            await self._monitor.aclose()
-            for backend in self._dispatcher.backends.values():
-                await backend.aclose()
-
-    def __repr__(self) -> str:
-        return describe(type(self).__name__, self.statistics())
-
-    @contextlib.asynccontextmanager
-    async def _in_use(self) -> AsyncIterator[None]:
-        self._open()
-        try:
-            # A time-out without a time: aclose() sets one.
-            async with asyncio.timeout(None) as scope:
-                self._scopes.add(scope)
-                self._unused.clear()
-                try:
-                    yield
-                finally:
-                    self._scopes.discard(scope)
-                    if not self._scopes:
-                        self._unused.set()
-        except TimeoutError:
-            self._open()
-            raise
-
-    def _open(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedProcessError(
-                f"{type(self).__name__} was made in process {self._pid} and cannot be used in its forked child "
-                f"{os.getpid()}; make one there, or use it in the parent only"
-            )
-        if self._closed:
-            raise PoolClosedError(f"{type(self).__name__} is closed; make a new one")
-
-    @_guarded
-    async def start(self) -> None:
-        """Probes every server once and goes on whatever that gave; those that are down join when they come up."""
-        await self._monitor.probe_once()
-        self._monitor.start()
+        self.group_port, self.session_id = group_port, session_id
+        self._weight_transport = weight_transport
 
     # Mirrored from VLLMClient
 
-    @_guarded
-    async def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
-        """Waits until all servers are up or the time is over, then goes on if at least `min_backends` are.
-
-        Servers that come up later join by themselves.
-
-        Args:
-            total_timeout (`float`, *optional*, defaults to `0.0`):
-                Seconds to wait. It also holds for servers that accept a connection and answer nothing, or an error.
-            retry_interval (`float`, *optional*, defaults to `2.0`): Seconds between two tries.
-
-        Raises:
-            `requests.ConnectionError` ([`BackendsUnreachableError`]): when fewer than `min_backends` are up in time.
-        """
-        started = self._clock()
-        while True:
-            left = max(0.0, total_timeout - (self._clock() - started))
-            down = [b for b in self._dispatcher.backends.values() if not b.health.usable]
-            await self._monitor.probe_once(down, timeout=left if left > 0 and total_timeout > 0 else None)
-            missing = [b for b in down if not b.health.usable]
-            left = max(0.0, total_timeout - (self._clock() - started))
-            if not missing or left <= 0:
-                break
-            logger.info(
-                "%d of %d servers are not up yet (%s); retrying in %g s",
-                len(missing),
-                len(self._dispatcher.backends),
-                ", ".join(b.url for b in missing),
-                min(retry_interval, left),
-            )
-            await asyncio.sleep(min(retry_interval, left))
-        up = len(self._dispatcher.backends) - len(missing)
-        reasons = {b.url: b.why_ineligible() or b.health.reason for b in missing}
-        if up < self.config.min_backends:
-            raise BackendsUnreachableError(
-                reasons,
-                headline=(
-                    f"{up} of {len(self._dispatcher.backends)} vLLM servers reached after {total_timeout:g} s, "
-                    f"min_backends={self.config.min_backends}; make sure that they run (`trl vllm-serve`) and that "
-                    "the addresses are right"
-                ),
-            )
-        for url, reason in reasons.items():
-            logger.warning("Starting without %s, which %s; it joins when it comes up", url, reason)
-        self._monitor.start()
-
-    @_guarded
+    @guarded
     async def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -370,7 +159,7 @@ class AsyncVLLMClientPool:
             `requests.Timeout` ([`RolloutTimeoutError`]): after `total_timeout`.
         """
         if images:
-            images = await anyio.to_thread.run_sync(_encode_images, images)
+            images = await anyio.to_thread.run_sync(encode_images, images)
         request = validation.parse(
             GenerateRequest,
             {
@@ -391,7 +180,7 @@ class AsyncVLLMClientPool:
         job = validation.generate_job(request, self.config)
         return await self._value(job, self._route(session_id), progress, "generate")
 
-    @_guarded
+    @guarded
     async def chat(
         self,
         messages: Sequence[Sequence[Mapping[str, Any]]],
@@ -433,7 +222,7 @@ class AsyncVLLMClientPool:
         request = validation.parse(
             ChatRequest,
             {
-                "messages": await anyio.to_thread.run_sync(_encode_messages, messages),
+                "messages": await anyio.to_thread.run_sync(encode_messages, messages),
                 "n": n,
                 "repetition_penalty": repetition_penalty,
                 "temperature": temperature,
@@ -445,13 +234,13 @@ class AsyncVLLMClientPool:
                 "structured_outputs_regex": structured_outputs_regex,
                 "generation_kwargs": generation_kwargs or {},
                 "chat_template_kwargs": chat_template_kwargs or {},
-                "tools": None if tools is None else [_tool_schema(tool) for tool in tools],
+                "tools": None if tools is None else [tool_schema(tool) for tool in tools],
             },
         )
         job = validation.chat_job(request, self.config)
         return await self._value(job, self._route(session_id), progress, "chat")
 
-    @_guarded
+    @guarded
     async def get_sequence_logprobs(
         self,
         sequences: Sequence[Sequence[int]],
@@ -508,7 +297,7 @@ class AsyncVLLMClientPool:
         route = Route(None, chunk_size, max_concurrent_requests if chunk_size else 1)
         return await self._value(job, route, progress, "score")
 
-    @_guarded
+    @guarded
     async def get_world_size(self) -> int:
         """The world size (tensor × data parallel) of one server: each has a weight update group of its own.
 
@@ -545,7 +334,7 @@ class AsyncVLLMClientPool:
         sizes = {backend.name: answer for backend, answer in answers if isinstance(answer, int)}
         return sizes, {backend.url: answer for backend, answer in answers if isinstance(answer, str)}
 
-    @_guarded
+    @guarded
     async def reset_prefix_cache(self) -> None:
         """Resets the servers' prefix caches. After `update_named_param` it ends the update and publishes it.
 
@@ -559,7 +348,7 @@ class AsyncVLLMClientPool:
         if not was_update:
             require_all("Resetting the prefix caches", answered)
 
-    @_guarded
+    @guarded
     async def init_communicator(self, device: Any = 0) -> None:
         """Makes a weight update group with every server that is up: one each, because a `trl` server is the master of
         its own.
@@ -618,7 +407,7 @@ class AsyncVLLMClientPool:
             )
         return ControlOnlyTransport()
 
-    @_guarded
+    @guarded
     async def update_named_param(self, name: str, weights: Any) -> None:
         """Sends one parameter to every server of the group. The first of an update closes the gate for requests and
         waits for those that are out; [`~AsyncVLLMClientPool.reset_prefix_cache`] or the next generation ends it.
@@ -648,7 +437,7 @@ class AsyncVLLMClientPool:
         for name, parameter in model.named_parameters():
             await self.update_named_param(name, parameter.data)
 
-    @_guarded
+    @guarded
     async def close_communicator(self) -> None:
         """Closes the weight update groups. Servers that are gone are passed over, as TRL's client does.
 
@@ -663,7 +452,7 @@ class AsyncVLLMClientPool:
 
     # Beyond VLLMClient
 
-    @_guarded
+    @guarded
     async def submit(
         self,
         job: Job,
@@ -698,167 +487,3 @@ class AsyncVLLMClientPool:
 
         with tqdm(total=len(job.units), desc=what, unit="prompt", leave=False) as bar:
             return (await self.submit(job, route=route, progress=bar)).value
-
-    def statistics(self) -> PoolStatistics:
-        """The pool at this moment."""
-        return PoolStatistics(
-            backends=tuple(backend.statistics() for backend in self._dispatcher.backends.values()),
-            waiting=self._dispatcher.waiting,
-            weight_version=self._weights.version,
-            gate=self._dispatcher.gate,
-        )
-
-    def communicators(self) -> list[str]:
-        """URLs of the servers that have a communicator open and are not known to be down."""
-        members = [self._dispatcher.backends.get(name) for name in self._weights.group]
-        return [b.url for b in members if b is not None and b.health.state is not Health.DOWN]
-
-    @property
-    def weights(self) -> WeightCoordinator:
-        """The coordinator of weight updates."""
-        return self._weights
-
-    @property
-    def dialect(self) -> Dialect:
-        """The fleet's protocol."""
-        return self._dialect
-
-    @_guarded
-    async def add_backend(self, url: str) -> str:
-        """Adds a server; it takes requests once a probe has found it. After a weight update it waits for the next.
-
-        Returns:
-            `str`: Its name.
-
-        Raises:
-            [`ConfigurationError`]: for a malformed address, or one that is there already.
-        """
-        address = BackendAddress.parse(url)
-        if address.name in self._dispatcher.backends:
-            raise DuplicateBackendError(f"backend {address.url} is in the pool already")
-        backend = self._backend(address)
-        if self._weights.number or self._weights.updating:
-            backend.sync.lost("it joined after the last update")
-        self._dispatcher.add(backend)
-        await self._monitor.probe_once([backend])
-        logger.info("Added %r", backend)
-        return backend.name
-
-    def address_of(self, name: str) -> BackendAddress:
-        """Where a backend is.
-
-        Raises:
-            [`UnknownBackendError`]: when there is none of that name.
-        """
-        return find(self._dispatcher.backends, name).address
-
-    def stop_backend(self, name: str) -> BackendStatistics:
-        """Gives a server no further requests, and does not wait.
-
-        Raises:
-            [`UnknownBackendError`]: when there is none of that name.
-        """
-        self._open()
-        backend = find(self._dispatcher.backends, name)
-        backend.draining = True
-        self._dispatcher.changed()
-        return backend.statistics()
-
-    @_guarded
-    async def drain_backend(self, name: str, *, timeout: float | None = None) -> None:
-        """Gives a server no further requests and waits for those it has.
-
-        Args:
-            name (`str`): Its name or URL.
-            timeout (`float`, *optional*): Seconds to wait, `config.drain_timeout` by default.
-
-        Raises:
-            [`UnknownBackendError`]: when there is none of that name.
-            `TimeoutError`: when its requests did not end in time; it stays draining.
-        """
-        self.stop_backend(name)
-        backend = find(self._dispatcher.backends, name)
-        limit = self.config.drain_timeout if timeout is None else timeout
-        await self._dispatcher.until(lambda: None if backend.inflight else True, timeout=limit)
-
-    @_guarded
-    async def remove_backend(self, name: str, drain: bool = True, *, timeout: float | None = None) -> None:
-        """Takes a server out of the pool.
-
-        Args:
-            name (`str`): Its name or URL.
-            drain (`bool`, *optional*, defaults to `True`):
-                Whether its requests may end first. Otherwise they are broken off and served elsewhere.
-            timeout (`float`, *optional*): Seconds that draining may take; then the rest is broken off.
-
-        Raises:
-            [`UnknownBackendError`]: when there is none of that name.
-        """
-        self.stop_backend(name)
-        backend = find(self._dispatcher.backends, name)
-        if drain:
-            try:
-                await self.drain_backend(name, timeout=timeout)
-            except TimeoutError:
-                logger.warning("%s did not drain in time; breaking off %d requests", backend.url, backend.inflight)
-        self._dispatcher.remove(backend)
-        self._monitor.forget(backend)
-        await backend.aclose()
-        logger.info("Removed %s", backend.url)
-
-
-CLOSE_SECONDS = 5.0
-"""Longest time that closing a pool may take."""
-
-
-async def resolve(host: str) -> str:
-    """The host as an IP address if it resolves, else as it is."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return host
-    return str(found[0][4][0])
-
-
-def describe(kind: str, statistics: PoolStatistics) -> str:
-    """A pool's `repr`: which backends, which are eligible, why the others are not."""
-    eligible = sum(backend.eligible for backend in statistics.backends)
-    backends = "; ".join(f"{b.name} {b.reason or b.health}, {b.inflight} in flight" for b in statistics.backends)
-    gate = f", {statistics.gate}" if statistics.gate else ""
-    return (
-        f"<{kind} {eligible} of {len(statistics.backends)} backends eligible, weights {statistics.weight_version}"
-        f"{gate}: {backends}>"
-    )
-
-
-def _encode_images(images: Sequence[Any]) -> list[list[str] | None]:
-    return [None if few is None else [_png(image) for image in few] for few in images]
-
-
-def _png(image: Any) -> str:
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _encode_messages(messages: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """Copies of the conversations with their PIL images as base64 PNGs; the caller's stay as they are."""
-    return [[_encode_message(message) for message in conversation] for conversation in messages]
-
-
-def _encode_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    encoded = dict(message)
-    if isinstance(encoded.get("content"), list):
-        encoded["content"] = [
-            {**part, "image_pil": _png(part["image_pil"])} if part.get("type") == "image_pil" else part
-            for part in encoded["content"]
-        ]
-    return encoded
-
-
-def _tool_schema(tool: Any) -> Any:
-    if not callable(tool):
-        return tool
-    from transformers.utils import get_json_schema
-
-    return get_json_schema(tool)

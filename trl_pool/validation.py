@@ -1,76 +1,26 @@
 """Arguments are checked here before anything is sent.
 
-A `trl vllm-serve` answers a bare 500 to sampling parameters that vLLM refuses, and never answers again once its worker
-died of a prompt that vLLM refuses. Neither must be taken for a broken server, nor tried on the next.
+A `trl vllm-serve` answers a bare 500 to some wrong requests, and dies of others: one prompt that its engine refuses,
+among however many good ones, and it never answers again. Neither must be taken for a broken server, nor tried on the
+next.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from . import sampling
 from .config import PoolConfig
 from .dialects.base import Endpoint, Job
 from .dialects.trl_requests import ChatRequest, GenerateRequest, SamplingFields, SequenceLogprobsRequest
 from .errors import InvalidRequestError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-
-# Fields of vLLM's SamplingParams from 0.10 to 0.27: what `generation_kwargs` may name on a `trl` server.
-SAMPLING_PARAMS = frozenset(
-    [
-        "n",
-        "best_of",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "stop_token_ids",
-        "bad_words",
-        "ignore_eos",
-        "max_tokens",
-        "min_tokens",
-        "logprobs",
-        "prompt_logprobs",
-        "logprob_token_ids",
-        "flat_logprobs",
-        "detokenize",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-        "include_stop_str_in_output",
-        "output_kind",
-        "stream_interval",
-        "output_text_buffer_length",
-        "truncate_prompt_tokens",
-        "guided_decoding",
-        "structured_outputs",
-        "logit_bias",
-        "allowed_token_ids",
-        "extra_args",
-        "skip_reading_prefix_cache",
-        "skip_clone",
-        "thinking_token_budget",
-        "repetition_detection",
-        "routed_experts_prompt_start",
-    ]
-)
-
-_GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
-_MAX_N = 16384  # vLLM's VLLM_MAX_N_SEQUENCES
-
-# What is wrong in every dialect of regular expressions. Others of Python's complaints (an escape it does not know)
-# may be fine for the server.
-_BROKEN_REGEX = ("unterminated", "unbalanced", "nothing to repeat", "multiple repeat", "bad character range")
 
 
 def parse(model: type[ModelT], values: Mapping[str, Any] | bytes) -> ModelT:
@@ -111,15 +61,31 @@ def chat_job(request: ChatRequest, config: PoolConfig, *, raw: bool = False, bod
         if not conversation:
             raise _fault("messages", f"conversation {index} is empty", [index])
         for position, message in enumerate(conversation):
-            missing = {"role", "content"} - message.keys()
-            if missing:
-                raise _fault(
-                    "messages",
-                    f"message {position} of conversation {index} has no {' and no '.join(sorted(missing))}; "
-                    "the server needs both (content may be null)",
-                    [index],
-                )
+            wrong = _message_fault(message)
+            if wrong:
+                raise _fault("messages", f"message {position} of conversation {index} {wrong}", [index])
+    for tool in request.tools or ():
+        if not isinstance(tool, dict):
+            raise _fault("tools", f"must be JSON schemas, got {tool!r}")
+    if "messages" in request.chat_template_kwargs:
+        raise _fault("chat_template_kwargs", "must not contain 'messages'")
     return Job(Endpoint.CHAT, request.messages, fields, _completions(fields), None, raw, body)
+
+
+def _message_fault(message: Mapping[str, Any]) -> str | None:
+    """What the server fails or dies of in one message."""
+    if not isinstance(message.get("role"), str):
+        return "has no role"
+    if "content" not in message:
+        return "has no content; it may be null"
+    content = message["content"]
+    if content is None or isinstance(content, str):
+        return None
+    if not isinstance(content, list):
+        return f"has {type(content).__name__} content; allowed: a string, a list of parts, null"
+    if any(not isinstance(part, dict) or not isinstance(part.get("type"), str) for part in content):
+        return "has a content part that is no dictionary with a type"
+    return None
 
 
 def score_job(
@@ -127,11 +93,8 @@ def score_job(
 ) -> Job:
     """A `/get_sequence_logprobs/` body as a job."""
     sequences, lengths = request.sequences, request.prompt_lengths
-    if not request.temperature > 0 or not math.isfinite(request.temperature):
-        raise InvalidRequestError(
-            f"temperature must be positive, got {request.temperature}",
-            details=[_detail("temperature", f"must be positive, got {request.temperature}")],
-        )
+    if not 0 < request.temperature <= 2:
+        raise _fault("temperature", f"must be positive and at most 2, got {request.temperature}")
     if len(sequences) != len(lengths):
         raise _fault("prompt_lengths", f"{len(lengths)} prompt lengths for {len(sequences)} sequences")
     for index, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
@@ -143,7 +106,7 @@ def score_job(
             )
     if request.response_format not in ("json", "binary"):
         raise _fault("response_format", f"{request.response_format!r}; allowed: 'json', 'binary'")
-    _check_logprobs("top_logprobs", request.top_logprobs, config, least=0)
+    _refuse(sampling.logprobs_faults("top_logprobs", request.top_logprobs, config))
     _check_lengths("sequences", sequences, config)
     fields = {
         "top_logprobs": request.top_logprobs,
@@ -153,93 +116,36 @@ def score_job(
     return Job(Endpoint.SCORE, list(zip(sequences, lengths, strict=True)), fields, 1, None, raw, body)
 
 
-def _check_regex(regex: str | None) -> None:
-    if regex is None:
-        return
-    try:
-        re.compile(regex)
-    except re.error as error:
-        if any(word in str(error) for word in _BROKEN_REGEX):
-            raise _fault("structured_outputs_regex", f"not a regular expression: {error}") from None
-
-
 def _sampling_fields(request: SamplingFields, config: PoolConfig) -> dict[str, Any]:
     fields = {name: getattr(request, name) for name in SamplingFields.model_fields}
-    _check_regex(request.structured_outputs_regex)
-    check_sampling({**fields, **request.generation_kwargs}, request.generation_kwargs, config)
+    found = [
+        (f"generation_kwargs.{name}", f"vLLM's SamplingParams has no such parameter{_hint(name)}")
+        for name in request.generation_kwargs
+        if name not in sampling.NAMES
+    ]
+    found += sampling.faults({**fields, **request.generation_kwargs}, config)
+    _refuse(found)
     return fields
+
+
+def _hint(name: str) -> str:
+    close = difflib.get_close_matches(name, sampling.NAMES, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _refuse(found: Iterable[sampling.Fault]) -> None:
+    """Raises if there is any fault, naming them all."""
+    found = list(found)
+    if found:
+        raise InvalidRequestError(
+            "; ".join(f"{name}: {message}" for name, message in found),
+            details=[_detail(name, message) for name, message in found],
+        )
 
 
 def _completions(fields: Mapping[str, Any]) -> int:
     """How many completions a prompt gets: `generation_kwargs` overrides the argument on the server."""
     return int(fields["generation_kwargs"].get("n", fields["n"]))
-
-
-def check_sampling(effective: Mapping[str, Any], extra: Mapping[str, Any], config: PoolConfig) -> None:
-    """Refuses what vLLM's `SamplingParams` refuses in every version (`_verify_args` in `vllm/sampling_params.py`).
-
-    Args:
-        effective (`Mapping[str, Any]`): The parameters as the server will see them.
-        extra (`Mapping[str, Any]`): `generation_kwargs`, whose names are checked too.
-        config ([`PoolConfig`]): For `max_logprobs`.
-
-    Raises:
-        [`InvalidRequestError`]: naming every parameter at fault.
-    """
-    faults: list[tuple[str, str]] = []
-
-    for name in extra:
-        if name not in SAMPLING_PARAMS:
-            close = difflib.get_close_matches(name, SAMPLING_PARAMS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            faults.append((f"generation_kwargs.{name}", f"vLLM's SamplingParams has no such parameter{hint}"))
-
-    def number(name: str, allowed: str, holds: Any, *, integer: bool = False, optional: bool = False) -> None:
-        if name not in effective or (optional and effective[name] is None):
-            return
-        value = effective[name]
-        kinds = (int,) if integer else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not holds(value):
-            faults.append((name, f"must be {allowed}, got {value!r}"))
-
-    number("n", f"an integer of 1 to {_MAX_N}", lambda v: 1 <= v <= _MAX_N, integer=True)
-    number("max_tokens", "an integer of at least 1", lambda v: v >= 1, integer=True, optional=True)
-    number("min_tokens", "an integer of at least 0", lambda v: v >= 0, integer=True)
-    number("temperature", "in [0, 2]", lambda v: 0 <= v <= 2)
-    number("top_p", "in (0, 1]", lambda v: 0 < v <= 1)
-    number("min_p", "in [0, 1]", lambda v: 0 <= v <= 1)
-    number("top_k", "-1 or 0 (off) or positive", lambda v: v >= -1, integer=True)
-    number("repetition_penalty", "positive", lambda v: v > 0)
-    number("presence_penalty", "in [-2, 2]", lambda v: -2 <= v <= 2)
-    number("frequency_penalty", "in [-2, 2]", lambda v: -2 <= v <= 2)
-    number("seed", "a 64-bit integer", lambda v: -(2**63) <= v < 2**63, integer=True, optional=True)
-    if not faults:
-        if effective.get("min_tokens", 0) > (effective.get("max_tokens") or math.inf):
-            faults.append(("min_tokens", f"must not exceed max_tokens={effective['max_tokens']}"))
-        if effective["n"] > 1 and effective["temperature"] < _GREEDY_BELOW:
-            faults.append(("n", f"must be 1 with temperature 0 (greedy), got {effective['n']}"))
-    for name in ("logprobs", "prompt_logprobs"):
-        if effective.get(name) is not None:
-            try:
-                _check_logprobs(name, effective[name], config, least=0)
-            except InvalidRequestError as error:
-                faults.append((name, str(error).partition(": ")[2]))
-    if faults:
-        raise InvalidRequestError(
-            "; ".join(f"{name}: {message}" for name, message in faults),
-            details=[_detail(name, message) for name, message in faults],
-        )
-
-
-def _check_logprobs(name: str, value: Any, config: PoolConfig, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise _fault(name, f"must be an integer of at least {least}, got {value!r}")
-    if 0 <= config.max_logprobs < value:
-        raise _fault(
-            name,
-            f"{value} is more than the servers return (max_logprobs={config.max_logprobs}); raise the pool's "
-            "max_logprobs only if the servers' own limit is higher",
-        )
 
 
 def _check_lengths(field: str, prompts: Sequence[str | list[int]], config: PoolConfig) -> None:

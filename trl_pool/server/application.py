@@ -28,7 +28,8 @@ from ..dialects.trl_requests import (
     UpdateNamedParamRequest,
 )
 from ..errors import NoBackendAvailableError, PoolError
-from ..pool import AsyncVLLMClientPool, resolve
+from ..fleet import resolve
+from ..pool import AsyncVLLMClientPool
 from ..weights.coordinator import ControlResult, require_all
 from .drain import Drain
 from .failures import BodyTooLargeError, ClientGoneError, failure, json_response

@@ -1,0 +1,345 @@
+"""Who is in the pool: backends that come, go, are probed, drained and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import httpx
+
+from ._version import __version__
+from .addresses import BackendAddress, parse_backends
+from .backend import Backend, BackendStatistics, find
+from .config import PoolConfig
+from .dialects.base import Dialect
+from .dialects.trl import TrlDialect
+from .dispatch import Dispatcher
+from .errors import BackendsUnreachableError, ConfigurationError, DuplicateBackendError
+from .exchange import Exchange
+from .facts import Health
+from .health import HealthMonitor
+from .lifetime import Lifetime, guarded
+from .weights.coordinator import WeightCoordinator
+
+logger = logging.getLogger(__name__)
+
+USER_AGENT = f"trl_pool/{__version__}"
+
+DEFAULT_HOST = "0.0.0.0"
+DEFAULT_PORT = 8000
+
+CLOSE_SECONDS = 5.0
+"""Longest time that closing a pool may take."""
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """The pool at one moment.
+
+    Args:
+        backends (`tuple[BackendStatistics, ...]`): Every backend.
+        waiting (`int`): Pieces of work that wait for a slot.
+        weight_version (`str`): `<run id>:<n>`, n counting the weight updates.
+        gate (`str` or `None`): Why no request is sent to anybody now (a weight update), or `None`.
+    """
+
+    backends: tuple[BackendStatistics, ...]
+    waiting: int
+    weight_version: str
+    gate: str | None
+
+
+def resolve_backends(
+    base_url: str | Iterable[str] | None, host: str, server_port: int
+) -> tuple[list[BackendAddress], bool]:
+    """Which backends the constructor's arguments mean, and whether they came from the environment.
+
+    `base_url` wins, then `host` and `server_port` if one of them was given, then `BACKENDS`.
+    """
+    if base_url is not None:
+        return parse_backends(base_url), False
+    if (host, server_port) == (DEFAULT_HOST, DEFAULT_PORT) and os.environ.get("BACKENDS", "").strip():
+        try:
+            return parse_backends(os.environ["BACKENDS"]), True
+        except ConfigurationError as error:
+            raise ConfigurationError(f"BACKENDS={os.environ['BACKENDS']!r}: {error}") from None
+    return parse_backends(f"http://{f'[{host}]' if ':' in host else host}:{server_port}"), False
+
+
+class Fleet:
+    """The backends and everything that watches over them.
+
+    Args:
+        addresses (`Iterable[BackendAddress]`): The backends to begin with.
+        config ([`PoolConfig`]): Settings.
+        connection_timeout (`float`, *optional*, defaults to `0.0`): Seconds that entering it waits for the servers.
+        transport (`httpx.AsyncBaseTransport`, *optional*): Instead of sockets.
+        control_only (`bool`, *optional*, defaults to `False`):
+            Whether somebody else moves the tensors of weight updates (the gateway's client).
+        clock (`Callable[[], float]`, *optional*): Monotonic seconds.
+        rng (`random.Random`, *optional*): Decides ties.
+    """
+
+    def __init__(
+        self,
+        addresses: Iterable[BackendAddress],
+        config: PoolConfig,
+        *,
+        connection_timeout: float = 0.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+        control_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.config = config
+        self.lifetime = Lifetime(type(self).__name__)
+        self._connection_timeout = connection_timeout
+        self._transport = transport
+        self._control_only = control_only
+        self._clock = clock
+        self._dialect: Dialect = TrlDialect()
+        rng = rng or random.Random()
+        self._dispatcher = Dispatcher(config, clock=clock, rng=rng)
+        self._weights = WeightCoordinator(self._dispatcher, config, clock=clock, all_or_nothing=control_only)
+        self._monitor = HealthMonitor(
+            lambda: self._dispatcher.backends.values(), config, rng=rng, changed=self._dispatcher.changed
+        )
+        for address in addresses:
+            self._dispatcher.add(self._backend(address))
+
+    def _backend(self, address: BackendAddress) -> Backend:
+        return Backend(
+            address,
+            dialect=self._dialect,
+            config=self.config,
+            exchange=Exchange(
+                address, self.config, transport=self._transport, user_agent=USER_AGENT, clock=self._clock
+            ),
+            clock=self._clock,
+            required_weights=lambda: self._weights.number,
+            changed=self._dispatcher.changed,
+            doubted=self._monitor.probe_soon,
+        )
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.check_server(self._connection_timeout)
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes communicators (in bounded time) and connections. A second time, and in a forked child, nothing."""
+        if self.lifetime.over:
+            return
+        self.lifetime.close()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.lifetime.unused()
+                if self._weights.group and not self._control_only:
+                    await self._weights.close_groups()
+        except TimeoutError:
+            logger.warning("Closing communicators took longer than %g s; left behind", CLOSE_SECONDS)
+        finally:
+            self._weights.close()
+            self._dispatcher.close()
+            await self._monitor.aclose()
+            for backend in self._dispatcher.backends.values():
+                await backend.aclose()
+
+    def __repr__(self) -> str:
+        return describe(type(self).__name__, self.statistics())
+
+    @guarded
+    async def start(self) -> None:
+        """Probes every server once and goes on whatever that gave; those that are down join when they come up."""
+        await self._monitor.probe_once()
+        self._monitor.start()
+
+    @guarded
+    async def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
+        """Waits until all servers are up or the time is over, then goes on if at least `min_backends` are.
+
+        Servers that come up later join by themselves.
+
+        Args:
+            total_timeout (`float`, *optional*, defaults to `0.0`):
+                Seconds to wait. It also holds for servers that accept a connection and answer nothing, or an error.
+            retry_interval (`float`, *optional*, defaults to `2.0`): Seconds between two tries.
+
+        Raises:
+            `requests.ConnectionError` ([`BackendsUnreachableError`]): when fewer than `min_backends` are up in time.
+        """
+        started = self._clock()
+        while True:
+            left = max(0.0, total_timeout - (self._clock() - started))
+            down = [b for b in self._dispatcher.backends.values() if not b.health.usable]
+            await self._monitor.probe_once(down, timeout=left if left > 0 and total_timeout > 0 else None)
+            missing = [b for b in down if not b.health.usable]
+            left = max(0.0, total_timeout - (self._clock() - started))
+            if not missing or left <= 0:
+                break
+            logger.info(
+                "%d of %d servers are not up yet (%s); retrying in %g s",
+                len(missing),
+                len(self._dispatcher.backends),
+                ", ".join(b.url for b in missing),
+                min(retry_interval, left),
+            )
+            await asyncio.sleep(min(retry_interval, left))
+        up = len(self._dispatcher.backends) - len(missing)
+        reasons = {b.url: b.why_ineligible() or b.health.reason for b in missing}
+        if up < self.config.min_backends:
+            raise BackendsUnreachableError(
+                reasons,
+                headline=(
+                    f"{up} of {len(self._dispatcher.backends)} vLLM servers reached after {total_timeout:g} s, "
+                    f"min_backends={self.config.min_backends}; make sure that they run (`trl vllm-serve`) and that "
+                    "the addresses are right"
+                ),
+            )
+        for url, reason in reasons.items():
+            logger.warning("Starting without %s, which %s; it joins when it comes up", url, reason)
+        self._monitor.start()
+
+    # Members
+
+    @guarded
+    async def add_backend(self, url: str) -> str:
+        """Adds a server; it takes requests once a probe has found it. After a weight update it waits for the next.
+
+        Returns:
+            `str`: Its name.
+
+        Raises:
+            [`ConfigurationError`]: for a malformed address, or one that is there already.
+        """
+        address = BackendAddress.parse(url)
+        if address.name in self._dispatcher.backends:
+            raise DuplicateBackendError(f"backend {address.url} is in the pool already")
+        backend = self._backend(address)
+        if self._weights.number or self._weights.updating:
+            backend.sync.lost("it joined after the last update")
+        self._dispatcher.add(backend)
+        await self._monitor.probe_once([backend])
+        logger.info("Added %r", backend)
+        return backend.name
+
+    def address_of(self, name: str) -> BackendAddress:
+        """Where a backend is.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+        """
+        return find(self._dispatcher.backends, name).address
+
+    def stop_backend(self, name: str) -> BackendStatistics:
+        """Gives a server no further requests, and does not wait.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+        """
+        self.lifetime.check()
+        backend = find(self._dispatcher.backends, name)
+        backend.draining = True
+        self._dispatcher.changed()
+        return backend.statistics()
+
+    @guarded
+    async def drain_backend(self, name: str, *, timeout: float | None = None) -> None:
+        """Gives a server no further requests and waits for those it has.
+
+        Args:
+            name (`str`): Its name or URL.
+            timeout (`float`, *optional*): Seconds to wait, `config.drain_timeout` by default.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+            `TimeoutError`: when its requests did not end in time; it stays draining.
+        """
+        self.stop_backend(name)
+        backend = find(self._dispatcher.backends, name)
+        limit = self.config.drain_timeout if timeout is None else timeout
+        await self._dispatcher.until(lambda: None if backend.inflight else True, timeout=limit)
+
+    @guarded
+    async def remove_backend(self, name: str, drain: bool = True, *, timeout: float | None = None) -> None:
+        """Takes a server out of the pool.
+
+        Args:
+            name (`str`): Its name or URL.
+            drain (`bool`, *optional*, defaults to `True`):
+                Whether its requests may end first. Otherwise they are broken off and served elsewhere.
+            timeout (`float`, *optional*): Seconds that draining may take; then the rest is broken off.
+
+        Raises:
+            [`UnknownBackendError`]: when there is none of that name.
+        """
+        self.stop_backend(name)
+        backend = find(self._dispatcher.backends, name)
+        if drain:
+            try:
+                await self.drain_backend(name, timeout=timeout)
+            except TimeoutError:
+                logger.warning("%s did not drain in time; breaking off %d requests", backend.url, backend.inflight)
+        self._dispatcher.remove(backend)
+        self._monitor.forget(backend)
+        await backend.aclose()
+        logger.info("Removed %s", backend.url)
+
+    def statistics(self) -> PoolStatistics:
+        """The pool at this moment."""
+        return PoolStatistics(
+            backends=tuple(backend.statistics() for backend in self._dispatcher.backends.values()),
+            waiting=self._dispatcher.waiting,
+            weight_version=self._weights.version,
+            gate=self._dispatcher.gate,
+        )
+
+    def communicators(self) -> list[str]:
+        """URLs of the servers that have a communicator open and are not known to be down."""
+        members = [self._dispatcher.backends.get(name) for name in self._weights.group]
+        return [b.url for b in members if b is not None and b.health.state is not Health.DOWN]
+
+    @property
+    def weights(self) -> WeightCoordinator:
+        """The coordinator of weight updates."""
+        return self._weights
+
+    @property
+    def dialect(self) -> Dialect:
+        """The fleet's protocol."""
+        return self._dialect
+
+
+async def resolve(host: str) -> str:
+    """The host as an IP address if it resolves, else as it is."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return host
+    return str(found[0][4][0])
+
+
+def describe(kind: str, statistics: PoolStatistics) -> str:
+    """A pool's `repr`: which backends, which are eligible, why the others are not."""
+    eligible = sum(backend.eligible for backend in statistics.backends)
+    backends = "; ".join(f"{b.name} {b.reason or b.health}, {b.inflight} in flight" for b in statistics.backends)
+    gate = f", {statistics.gate}" if statistics.gate else ""
+    return (
+        f"<{kind} {eligible} of {len(statistics.backends)} backends eligible, weights {statistics.weight_version}"
+        f"{gate}: {backends}>"
+    )

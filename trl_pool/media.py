@@ -1,0 +1,43 @@
+"""How images and tools travel: as TRL's client sends them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+
+def encode_images(images: Sequence[Any]) -> list[list[str] | None]:
+    """PIL images as base64 PNGs, per prompt."""
+    return [None if few is None else [_png(image) for image in few] for few in images]
+
+
+def _png(image: Any) -> str:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def encode_messages(messages: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Copies of the conversations with their PIL images as base64 PNGs; the caller's stay as they are."""
+    return [[_encode_message(message) for message in conversation] for conversation in messages]
+
+
+def _encode_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    encoded = dict(message)
+    if isinstance(encoded.get("content"), list):
+        encoded["content"] = [
+            {**part, "image_pil": _png(part["image_pil"])} if part.get("type") == "image_pil" else part
+            for part in encoded["content"]
+        ]
+    return encoded
+
+
+def tool_schema(tool: Any) -> Any:
+    """The JSON schema of a tool that is a function; one that is a schema stays as it is."""
+    if not callable(tool):
+        return tool
+    from transformers.utils import get_json_schema
+
+    return get_json_schema(tool)
