@@ -49,14 +49,14 @@ class BackendAddress:
         candidate = text.strip()
         if "://" not in candidate:
             candidate = f"http://{candidate}"
+        allowed = "allowed: http:// or https://, HOST:PORT (IPv6 in brackets) and an optional path prefix"
         try:
             parts = urlsplit(candidate)
             port = parts.port
         except ValueError as error:
-            raise ConfigurationError(
-                f"backend address {shown!r}: {error}; allowed: http://HOST:PORT with an optional path"
-            ) from error
-        allowed = "allowed: http:// or https://, HOST:PORT (IPv6 in brackets) and an optional path prefix"
+            # Its message may quote what was meant as a password.
+            what = "not a URL" if "@" in text else str(error)
+            raise ConfigurationError(f"backend address {shown!r}: {what}; {allowed}") from None
         if parts.scheme not in _DEFAULT_PORTS:
             raise ConfigurationError(f"backend address {shown!r}: scheme {parts.scheme!r}; {allowed}")
         if parts.username is not None or parts.password is not None:

@@ -313,6 +313,8 @@ class Backend:
     async def control(self, path: str, body: bytes | None) -> Answer:
         """Sends a control call, exactly once. One that does not return in time leaves the backend stuck until it
         does (or until the connection breaks)."""
+        if self._removed:
+            raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
         return await self._outlive(
             self.exchange.once("POST", path, body, timeout=None), path, self._config.control_timeout
         )
@@ -385,6 +387,6 @@ def find(backends: dict[str, Backend], name: str) -> Backend:
         [`UnknownBackendError`]: naming those there are.
     """
     for backend in backends.values():
-        if name in (backend.name, backend.url, backend.url + "/"):
+        if name.rstrip("/") in (backend.name, backend.url):
             return backend
     raise UnknownBackendError(f"no backend {name!r}; there are: {', '.join(backends) or 'none'}")

@@ -139,12 +139,13 @@ class CircuitBreaker:
 
     def record(self, verdict: Verdict, *, reason: str = "", trip: bool = False) -> None:
         """Counts a verdict that comes later than its permit."""
+        state = self.state
         if verdict is Verdict.SUCCESS:
             self._failures = 0
-            if self._clock() - self._closed_at > self._max_cooldown:
+            if state is BreakerState.CLOSED and self._clock() - self._closed_at > self._max_cooldown:
                 self._streak = 0
             self._apply(_Event.SUCCESS)
-        elif verdict is Verdict.FAILURE and self._state is not BreakerState.OPEN:
+        elif verdict is Verdict.FAILURE and state is not BreakerState.OPEN:
             self._failures += 1
             count = f"{self._failures} failures" if self._failures > 1 else "a failure"
             self.last_failure = f"{count} ({reason})" if reason else count

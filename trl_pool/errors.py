@@ -71,6 +71,26 @@ class Attempt:
         return f"{self.backend} {self.outcome.value} after {self.seconds:.1f} s: {self.detail}"
 
 
+@dataclass(frozen=True)
+class ControlResult:
+    """What a control call gave on one backend.
+
+    Args:
+        url (`str`): The backend.
+        ok (`bool`): Whether it succeeded.
+        message (`str`): The server's message, or what went wrong.
+        status (`int`, *optional*): HTTP status, if there was an answer.
+    """
+
+    url: str
+    ok: bool
+    message: str
+    status: int | None = None
+
+    def __str__(self) -> str:
+        return "succeeded" if self.ok else self.message
+
+
 class PoolError(Exception):
     """Base of everything the pool raises."""
 
@@ -219,13 +239,16 @@ class ControlError(PoolError, RuntimeError):
     """A control call did not succeed on every backend it was for.
 
     Args:
-        message (`str`): What was attempted.
-        results (`Mapping[str, str]`): What happened, per backend URL.
+        message (`str`): What was attempted, and what to do.
+        results (`Mapping[str, ControlResult | str]`): What happened, per backend URL.
     """
 
-    def __init__(self, message: str, results: Mapping[str, str]) -> None:
+    def __init__(self, message: str, results: Mapping[str, ControlResult | str]) -> None:
         super().__init__(f"{message}: " + "; ".join(f"{url} {result}" for url, result in results.items()))
-        self.results = dict(results)
+        self.results = {
+            url: ControlResult(url, False, result) if isinstance(result, str) else result
+            for url, result in results.items()
+        }
 
 
 class WeightSyncError(ControlError):

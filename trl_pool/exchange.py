@@ -230,7 +230,7 @@ def translate(url: str, error: BaseException, timeout: float | None) -> AttemptE
     if refused:
         detail = "connection refused"
     elif isinstance(error, TimeoutError):
-        detail = f"no answer within {timeout:.1f} s"
+        detail = str(error) if timeout is None else f"no answer within {timeout:.1f} s"
     elif outcome is Outcome.LOST:
         detail = f"connection broken ({str(error) or type(error).__name__})"
     else:
@@ -277,7 +277,7 @@ def parse_retry_after(value: str | None, *, now: Callable[[], float] = time.time
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return min(max(seconds, 0.0), MAX_RETRY_AFTER) if seconds == seconds else None
 

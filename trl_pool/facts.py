@@ -74,6 +74,7 @@ class HealthFact:
             lagged (`bool`): Whether our own loop was late, so that the probe proves nothing.
             reason (`str`): In words.
         """
+        self.unreached = 0  # somebody accepted the connection
         if busy or lagged or self.state is Health.DOWN:
             return
         self.reason = reason

@@ -297,6 +297,7 @@ class Fleet:
                 logger.warning("%s did not drain in time; breaking off %d requests", backend.url, backend.inflight)
         self._dispatcher.remove(backend)
         self._monitor.forget(backend)
+        self._weights.forget(backend)
         await backend.aclose()
         logger.info("Removed %s", backend.url)
 

@@ -22,8 +22,8 @@ from .dialects.trl_requests import ChatRequest, GenerateRequest, SequenceLogprob
 from .errors import (
     AttemptError,
     BackendMismatchError,
-    ControlError,
     InvalidRequestError,
+    NoBackendAvailableError,
     RequestRejectedError,
     WeightSyncError,
 )
@@ -302,12 +302,12 @@ class AsyncVLLMClientPool(Fleet):
         """The world size (tensor × data parallel) of one server: each has a weight update group of its own.
 
         Raises:
-            [`BackendMismatchError`]: when the servers differ, naming them.
-            [`ControlError`]: when one does not say.
+            [`BackendMismatchError`]: when servers differ, naming them.
+            `requests.ConnectionError` ([`NoBackendAvailableError`]): when none answers.
         """
         sizes, failed = await self._world_sizes(self._weights.reachable())
-        if failed or not sizes:
-            raise ControlError("Could not learn the world size", failed or self._dispatcher.reasons())
+        if not sizes:
+            raise NoBackendAvailableError({**self._dispatcher.reasons(), **failed})
         if len(set(sizes.values())) > 1:
             raise BackendMismatchError(
                 "The servers differ in world size",
@@ -390,7 +390,7 @@ class AsyncVLLMClientPool(Fleet):
         if len(joined) < self.config.min_backends:
             raise WeightSyncError(
                 f"{len(joined)} servers take part in weight updates, min_backends={self.config.min_backends}",
-                {**failed, **{r.url: str(r) for r in results.values()}} or self._dispatcher.reasons(),
+                {**failed, **{r.url: r for r in results.values()}} or self._dispatcher.reasons(),
             )
         self._weights.transport = transport
         await self._weights.join(joined, device)
@@ -426,7 +426,7 @@ class AsyncVLLMClientPool(Fleet):
         )
         if caller.get() is None:
             caller.set(object())
-        await self._weights.announce(body, tensor=weights, owner=caller.get())
+        await self._weights.announce(name, body, tensor=weights, owner=caller.get())
 
     async def update_model_params(self, model: Any) -> None:
         """Sends every parameter of a model.

@@ -7,11 +7,13 @@ ever, and the server answers nobody any more. Each rule here was seen on a real 
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import msgspec
 
 from .config import PoolConfig
 
@@ -30,7 +32,9 @@ _NOT_REGULAR = re.compile(r"\(\?(?:[=!(]|<[=!]|P=)|\\[1-9]")
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # false for infinity and nan, and an integer may be beyond both
 
 
 def _integer(value: Any, low: int, high: int = _MAX_INT) -> bool:
@@ -68,9 +72,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "thinking_token_budget": ("left out: this server has no reasoning parser", lambda v: False),
     "extra_args": ("a dictionary", lambda v: isinstance(v, dict)),
     "structured_outputs": (
-        "a dictionary with exactly one of regex, choice, grammar, json, json_object, structural_tag",
-        lambda v: isinstance(v, dict) and len(v.keys() & _KINDS_OF_STRUCTURE) == 1,
+        "a dictionary with exactly one well-formed regex, choice, grammar, json, json_object or structural_tag",
+        lambda v: isinstance(v, dict) and len(v.keys() & _KINDS_OF_STRUCTURE) == 1 and _is_structure(v),
     ),
+    "stream_interval": ("a positive integer", lambda v: _integer(v, 1)),
     **{
         name: ("true or false", lambda v: isinstance(v, bool))
         for name in (
@@ -97,6 +102,7 @@ _MAY_BE_NULL = frozenset(
         "skip_reading_prefix_cache",
         "stop",
         "stop_token_ids",
+        "stream_interval",
         "structured_outputs",
         "thinking_token_budget",
     }
@@ -114,13 +120,27 @@ _OTHERS = frozenset(
         "repetition_detection",
         "routed_experts_prompt_start",
         "skip_clone",
-        "stream_interval",
         "truncate_prompt_tokens",
     }
 )
 
 NAMES = frozenset(_RULES) | _OTHERS
 """What `generation_kwargs` may name."""
+
+
+def _is_structure(value: Mapping[str, Any]) -> bool:
+    schema = value.get("json", {})
+    if isinstance(schema, str):
+        try:
+            schema = msgspec.json.decode(schema)
+        except ValueError:
+            return False
+    return (
+        isinstance(schema, dict)
+        and ("choice" not in value or _list_of(value["choice"], _nonempty, least=1))
+        and value.get("json_object", True) is True
+        and all(_nonempty(value[name]) for name in ("grammar", "structural_tag") if name in value)
+    )
 
 
 def _nonempty(value: Any) -> bool:
@@ -170,6 +190,9 @@ def _joint_faults(effective: Mapping[str, Any]) -> Iterator[Fault]:
         yield "min_tokens", f"must not exceed max_tokens={most}, got {effective['min_tokens']}"
     if effective["n"] > 1 and effective["temperature"] < _GREEDY_BELOW:
         yield "n", f"must be 1 with temperature 0 (greedy), got {effective['n']}"
+    chosen, top = effective.get("logprob_token_ids"), effective.get("logprobs")
+    if chosen and top is not None and top != len(chosen):
+        yield "logprob_token_ids", f"needs logprobs={len(chosen)} or null, got {top}"
     if effective.get("stop") and effective.get("detokenize") is False:
         yield "stop", "needs detokenize=true"
 
@@ -193,6 +216,9 @@ def _regex_faults(name: str, regex: Any) -> Iterator[Fault]:
     try:
         with warnings.catch_warnings(action="ignore"):  # about what a later Python may read differently
             re.compile(regex)
+    except (OverflowError, RecursionError):
+        yield name, "is too large a regular expression"
+        return
     except re.error as error:
         if any(word in str(error) for word in _BROKEN_REGEX):
             yield name, f"is not a regular expression: {error}"

@@ -7,6 +7,7 @@ next.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +17,21 @@ from pydantic import BaseModel, ValidationError
 
 from . import sampling
 from .config import PoolConfig
+from .conversations import conversation_fault
 from .dialects.base import Endpoint, Job
 from .dialects.trl_requests import ChatRequest, GenerateRequest, SamplingFields, SequenceLogprobsRequest
 from .errors import InvalidRequestError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+# FastAPI's words for a body that is no object.
+_NO_OBJECT = {
+    "model_type": {
+        "type": "model_attributes_type",
+        "msg": "Input should be a valid dictionary or object to extract fields from",
+    }
+}
 
 
 def parse(model: type[ModelT], values: Mapping[str, Any] | bytes) -> ModelT:
@@ -35,7 +46,7 @@ def parse(model: type[ModelT], values: Mapping[str, Any] | bytes) -> ModelT:
         return model.model_validate(dict(values))
     except ValidationError as error:
         details: list[dict[str, Any]] = [
-            {**fault, "loc": ["body", *fault["loc"]]}
+            {**fault, **_NO_OBJECT.get(fault["type"], {}), "loc": ["body", *fault["loc"]]}
             for fault in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         first = "; ".join(f"{'.'.join(map(str, d['loc'][1:]))}: {d['msg']}" for d in details[:5])
@@ -48,6 +59,9 @@ def generate_job(request: GenerateRequest, config: PoolConfig, *, raw: bool = Fa
     prompts = request.prompts
     if request.images is not None and len(request.images) not in (0, len(prompts)):
         raise _fault("images", f"{len(request.images)} image lists for {len(prompts)} prompts; give one per prompt")
+    strange = [i for i, few in enumerate(request.images or ()) if few is not None and not all(map(_is_image, few))]
+    if strange:
+        raise _fault("images", f"not base64 of an image at {_shown(strange)}", strange)
     _check_lengths("prompts", prompts, config)
     return Job(Endpoint.GENERATE, prompts, fields, _completions(fields), request.images or None, raw, body)
 
@@ -58,34 +72,15 @@ def chat_job(request: ChatRequest, config: PoolConfig, *, raw: bool = False, bod
     fields["chat_template_kwargs"] = request.chat_template_kwargs
     fields["tools"] = request.tools
     for index, conversation in enumerate(request.messages):
-        if not conversation:
-            raise _fault("messages", f"conversation {index} is empty", [index])
-        for position, message in enumerate(conversation):
-            wrong = _message_fault(message)
-            if wrong:
-                raise _fault("messages", f"message {position} of conversation {index} {wrong}", [index])
+        fault = conversation_fault(conversation)
+        if fault is not None:
+            raise _fault("messages", f"conversation {index} {fault}", [index])
     for tool in request.tools or ():
         if not isinstance(tool, dict):
             raise _fault("tools", f"must be JSON schemas, got {tool!r}")
     if "messages" in request.chat_template_kwargs:
         raise _fault("chat_template_kwargs", "must not contain 'messages'")
     return Job(Endpoint.CHAT, request.messages, fields, _completions(fields), None, raw, body)
-
-
-def _message_fault(message: Mapping[str, Any]) -> str | None:
-    """What the server fails or dies of in one message."""
-    if not isinstance(message.get("role"), str):
-        return "has no role"
-    if "content" not in message:
-        return "has no content; it may be null"
-    content = message["content"]
-    if content is None or isinstance(content, str):
-        return None
-    if not isinstance(content, list):
-        return f"has {type(content).__name__} content; allowed: a string, a list of parts, null"
-    if any(not isinstance(part, dict) or not isinstance(part.get("type"), str) for part in content):
-        return "has a content part that is no dictionary with a type"
-    return None
 
 
 def score_job(
@@ -152,12 +147,14 @@ def _check_lengths(field: str, prompts: Sequence[str | list[int]], config: PoolC
     empty = [index for index, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise _fault(field, f"empty at {_shown(empty)}; an empty prompt kills the server's worker", empty)
+    unsendable = [index for index, prompt in enumerate(prompts) if isinstance(prompt, str) and not _is_unicode(prompt)]
+    if unsendable:
+        raise _fault(field, f"half a surrogate pair, which is no text, at {_shown(unsendable)}", unsendable)
     ids = [(index, prompt) for index, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-    vocabulary = config.vocab_size or math.inf
+    vocabulary = config.vocab_size or 2**31  # the engine's token ids are 32-bit integers
     foreign = [index for index, prompt in ids if min(prompt) < 0 or max(prompt) >= vocabulary]
     if foreign:
-        allowed = f"0-{config.vocab_size - 1}" if config.vocab_size else "0 and above"
-        raise _fault(field, f"token ids outside {allowed} at {_shown(foreign)}", foreign)
+        raise _fault(field, f"token ids outside 0-{vocabulary - 1} at {_shown(foreign)}", foreign)
     # One token has to fit behind the prompt: a prompt of exactly the limit hangs a real server too.
     too_long = [index for index, prompt in ids if len(prompt) >= (config.max_model_len or math.inf)]
     if too_long:
@@ -166,6 +163,28 @@ def _check_lengths(field: str, prompts: Sequence[str | list[int]], config: PoolC
             f"no room for a prompt and one token within max_model_len={config.max_model_len} at {_shown(too_long)}",
             too_long,
         )
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# PNG, JPEG, GIF, WebP (RIFF), BMP, TIFF
+_IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+
+
+def _is_image(encoded: str) -> bool:
+    """Whether base64 text begins like an image; the server answers 500 to what it cannot open."""
+    try:
+        return base64.b64decode(encoded[:16], validate=True).startswith(_IMAGE_STARTS)
+    except ValueError:
+        return False
 
 
 def _shown(indices: Sequence[int]) -> str:

@@ -47,6 +47,21 @@ class _ScoredBinary(msgspec.Struct):
     actual_token_ids_b64: str | None = None
 
 
+_NULLS = dict.fromkeys(
+    (
+        "logprobs",
+        "logprob_token_ids",
+        "logprobs_b64",
+        "token_ids_b64",
+        "actual_logprobs_b64",
+        "actual_token_ids_b64",
+        "shape",
+        "completion_lengths",
+    )
+)
+"""A server sends the fields of the format that was not asked for as null."""
+
+
 class GenerateAnswer(NamedTuple):
     """One prompt's answer; the lists have `n` items, one per completion."""
 
@@ -105,10 +120,13 @@ class TrlDialect(Dialect):
         if job.endpoint is not Endpoint.SCORE:
             return self._decode_generated(job, indices, body)
         if job.fields["response_format"] == "binary":
-            return self._decode_binary(indices, body)
+            return self._decode_binary(job, indices, body)
         scored: _Scored | _RawScored = (_decode_raw_scored if job.raw else _decode_scored)(body)
         _expect("logprobs", len(scored.logprobs), len(indices))
         _expect("logprob_token_ids", len(scored.logprob_token_ids), len(indices))
+        if isinstance(scored, _Scored):
+            _check_scored(job, indices, list(map(len, scored.logprobs)))
+            _check_scored(job, indices, list(map(len, scored.logprob_token_ids)))
         return list(map(ScoreAnswer, scored.logprobs, scored.logprob_token_ids))
 
     def merge(self, job: Job, answers: Sequence[Any]) -> dict[str, Any]:
@@ -123,11 +141,12 @@ class TrlDialect(Dialect):
                 "logprob_token_ids": list(flat(a.logprob_token_ids for a in answers)) if with_logprobs else None,
             }
         if job.fields["response_format"] == "binary":
-            return _pack(answers, job.fields["top_logprobs"]) if job.raw else _unpack(answers)
-        return {
+            return {**_NULLS, **_pack(answers, job.fields["top_logprobs"])} if job.raw else _unpack(answers)
+        lists = {
             "logprobs": [answer.logprobs for answer in answers],
             "logprob_token_ids": [answer.logprob_token_ids for answer in answers],
         }
+        return {**_NULLS, **lists} if job.raw else lists
 
     def _decode_generated(self, job: Job, indices: Sequence[int], body: bytes) -> list[Any]:
         answer: _Generated | _RawGenerated = (_decode_raw_generated if job.raw else _decode_generated)(body)
@@ -152,11 +171,12 @@ class TrlDialect(Dialect):
             for k in range(len(indices))
         ]
 
-    def _decode_binary(self, indices: Sequence[int], body: bytes) -> list[Any]:
+    def _decode_binary(self, job: Job, indices: Sequence[int], body: bytes) -> list[Any]:
         answer = _decode_binary(body)
         batch, length, top = answer.shape
         _expect("shape[0]", batch, len(indices))
-        _expect("completion_lengths", len(answer.completion_lengths), len(indices))
+        _expect("shape[2]", top, job.fields["top_logprobs"])
+        _check_scored(job, indices, answer.completion_lengths)
         if any(not 0 <= completion <= length for completion in answer.completion_lengths):
             raise ValueError(f"completion_lengths {answer.completion_lengths} do not fit shape {answer.shape}")
         columns: list[Any] = [
@@ -192,6 +212,13 @@ def _check_generated(job: Job, indices: Sequence[int], answer: _Generated) -> No
         if isinstance(job.units[index], list) and job.endpoint is Endpoint.GENERATE:  # noqa: SIM102
             if job.units[index] != prompt_ids:
                 raise ValueError(f"prompt_ids are not those of prompt {index}: the answer is to another request")
+
+
+def _check_scored(job: Job, indices: Sequence[int], lengths: Sequence[int]) -> None:
+    """Finds scores of other sequences: a server that was asked to generate meanwhile may swap its replies."""
+    expected = [len(sequence) - prompt for sequence, prompt in (job.units[i] for i in indices)]
+    if list(lengths) != expected:
+        raise ValueError(f"completions of lengths {list(lengths)[:8]} where {expected[:8]} were asked for")
 
 
 def _array(encoded: str, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:

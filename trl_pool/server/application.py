@@ -27,12 +27,12 @@ from ..dialects.trl_requests import (
     SequenceLogprobsRequest,
     UpdateNamedParamRequest,
 )
-from ..errors import NoBackendAvailableError, PoolError
+from ..errors import ControlResult, NoBackendAvailableError, PoolError
 from ..fleet import resolve
 from ..pool import AsyncVLLMClientPool
-from ..weights.coordinator import ControlResult, require_all
+from ..weights.coordinator import require_all
 from .drain import Drain
-from .failures import BodyTooLargeError, ClientGoneError, failure, json_response
+from .failures import BodyTooLargeError, ClientGoneError, failure, json_response, results_body
 from .settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
 
 
 class RequestIdMiddleware:
-    """Gives every answer the request's `X-Request-Id`, or a new one if it had none (or one that is no token)."""
+    """Gives every answer the request's `X-Request-Id`, or a new one if it had none (or one that is not printable),
+    and answers what nobody foresaw in JSON like everything else."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -103,12 +104,23 @@ class RequestIdMiddleware:
         request_id = given if usable else secrets.token_hex(8).encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
 
+        started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message.get("headers", []), (_REQUEST_ID.encode(), request_id)]
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("Request %s to %s failed", request_id.decode(), scope["path"])
+            if started:
+                raise
+            answer = json_response({"detail": f"Internal Server Error; see the log for {request_id.decode()}"}, 500)
+            await answer(scope, receive, send_with_id)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -226,9 +238,10 @@ def _add_control_routes(app: FastAPI) -> None:
 
     def answer(what: str, results: dict[str, ControlResult], headers: dict[str, str] | None = None) -> Response:
         require_all(what, results)
-        message = next((result.message for result in results.values()), "the gateway has no backends")
-        each = {result.url: {"status": result.status, "message": result.message} for result in results.values()}
-        return json_response({"message": message, "results": each}, headers=headers)
+        if not results:
+            raise NoBackendAvailableError({})
+        message = next(result.message for result in results.values())
+        return json_response({"message": message, "results": results_body(results.values())}, headers=headers)
 
     async def get_world_size(request: Request) -> Response:
         """World size of one backend, which is what a trainer of the `trl` dialect has to know."""
@@ -254,8 +267,8 @@ def _add_control_routes(app: FastAPI) -> None:
     async def update_named_param(request: Request) -> Response:
         """Announces a parameter to every backend; the first one closes the gate until `/reset_prefix_cache/`."""
         body = await read_body(request, settings.max_body_bytes)
-        validation.parse(UpdateNamedParamRequest, body)
-        return answer("update_named_param", await _pool(request).weights.announce(body, owner="gateway"))
+        name = validation.parse(UpdateNamedParamRequest, body).name
+        return answer("update_named_param", await _pool(request).weights.announce(name, body, owner="gateway"))
 
     async def reset_prefix_cache(request: Request) -> Response:
         """Resets every backend's prefix cache; after an update that publishes it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from ..errors import (
     BackendMismatchError,
     ConfigurationError,
     ControlError,
+    ControlResult,
     DuplicateBackendError,
     InvalidRequestError,
     NoBackendAvailableError,
@@ -64,6 +65,11 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
+def results_body(results: Iterable[ControlResult]) -> dict[str, Any]:
+    """A control call's results as they go over the wire, per backend URL."""
+    return {r.url: {"ok": r.ok, "status": r.status, "message": r.message} for r in results}
+
+
 def failure(error: PoolError) -> Response:
     """The answer that an error becomes: a JSON object whose `detail` says what happened and what to do."""
     if isinstance(error, RequestRejectedError):
@@ -98,5 +104,5 @@ def failure(error: PoolError) -> Response:
         body["completed"] = error.completed
         body["result"] = error.result
     if isinstance(error, ControlError):
-        body["results"] = error.results
+        body["results"] = results_body(error.results.values())
     return json_response(body, status, headers)

@@ -20,7 +20,7 @@ import msgspec
 from ..backend import Backend, Lane
 from ..config import PoolConfig
 from ..dispatch import Dispatcher
-from ..errors import AttemptError, ControlError, Outcome, RequestRejectedError, WeightSyncError
+from ..errors import AttemptError, ControlError, ControlResult, Outcome, RequestRejectedError, WeightSyncError
 from ..exchange import judge
 from ..facts import Health
 from .transport import GroupMember, WeightTransport
@@ -31,35 +31,16 @@ _LAST_MESSAGE_FAILED = "False"
 """`/reset_prefix_cache/` answers 200 whatever happened; a failure shows only at the end of its message."""
 
 
-@dataclass(frozen=True)
-class ControlResult:
-    """What a control call gave on one backend.
-
-    Args:
-        url (`str`): The backend.
-        ok (`bool`): Whether it succeeded.
-        message (`str`): The server's message, or what went wrong.
-        status (`int`, *optional*): HTTP status, if there was an answer.
-    """
-
-    url: str
-    ok: bool
-    message: str
-    status: int | None = None
-
-    def __str__(self) -> str:
-        return "succeeded" if self.ok else self.message
-
-
 @dataclass
 class _Update:
     """An update under way."""
 
     members: dict[str, Backend]
     incarnations: dict[str, int]
+    complete: set[str]  # those that lacked nothing before it
     owner: object
-    parameters: int = 0
-    dropped: dict[str, str] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    dropped: dict[str, ControlResult] = field(default_factory=dict)
 
 
 class WeightCoordinator:
@@ -87,6 +68,7 @@ class WeightCoordinator:
         self.run_id = uuid.uuid4().hex[:8]
         self.number = 0
         self._update: _Update | None = None
+        self._ever_sent: set[str] = set()  # names of parameters, in this update and before
         self._group: dict[str, int] = {}  # name: incarnation that has the communicator
         self._turn = asyncio.Lock()
         self._expiry: asyncio.TimerHandle | None = None
@@ -252,14 +234,15 @@ class WeightCoordinator:
                 self._begin(owner)
             assert self._update is not None
             try:
-                return await self._announce(self._update, body, tensor)
+                return await self._announce(self._update, name, body, tensor)
             except BaseException as error:
                 # Somebody was told of a tensor that may never come: whoever took part holds mixed weights.
                 self._abandon(f"{type(error).__name__} in the middle of it")
                 raise
 
-    async def _announce(self, update: _Update, body: bytes, tensor: Any) -> dict[str, ControlResult]:
+    async def _announce(self, update: _Update, name: str, body: bytes, tensor: Any) -> dict[str, ControlResult]:
         self._extend()
+        self._ever_sent.add(name)
         self._drop_restarted(update)
         whom = list(update.members.values())
         results = await self.broadcast("/update_named_param/", {b.name: body for b in whom}, whom)
@@ -268,21 +251,29 @@ class WeightCoordinator:
             await anyio.to_thread.run_sync(
                 self.transport.broadcast, tensor, list(update.members), abandon_on_cancel=True
             )
-        update.parameters += 1
+        update.names.add(name)
         self._extend()
         return results
 
     def _begin(self, owner: object) -> None:
-        members = {b.name: b for b in (self.everybody() if self._all_or_nothing else self._grouped())}
+        members = {b.name: b for b in self._grouped()}
+        if self._all_or_nothing:
+            lost = [b.url for b in self.everybody() if b.name in self._group and b.name not in members]
+            if lost:
+                raise WeightSyncError(
+                    "A server has lost its communicator; call init_communicator again",
+                    dict.fromkeys(lost, "was restarted or cannot be reached"),
+                )
         if not members:
             raise WeightSyncError(
-                "No server takes part in weight updates; call init_communicator() first",
-                self._dispatcher.reasons() or {"the pool": "has no communicator"},
+                "No server takes part in weight updates; call init_communicator first",
+                self._dispatcher.reasons() or dict.fromkeys(self._urls(), "has no communicator"),
             )
         left_out = [b.url for b in self._dispatcher.backends.values() if b.name not in members]
         if left_out:
             logger.warning("Weight update v%d leaves out %s", self.number + 1, ", ".join(left_out))
-        self._update = _Update(members, {b.name: b.incarnation for b in members.values()}, owner)
+        complete = {b.name for b in members.values() if b.sync.why_stale(self.number) is None}
+        self._update = _Update(members, {b.name: b.incarnation for b in members.values()}, complete, owner)
         self._dispatcher.close_gate(f"weight update v{self.number + 1} is under way")
         for backend in members.values():
             backend.sync.lost(f"update v{self.number + 1} did not reach its end")
@@ -303,16 +294,16 @@ class WeightCoordinator:
     def _drop(self, update: _Update, results: Mapping[str, ControlResult]) -> None:
         failed = {name: result for name, result in results.items() if not result.ok}
         for name, result in failed.items():
-            update.dropped[result.url] = result.message
+            update.dropped[result.url] = result
             update.members.pop(name).sync.lost(f"update v{self.number + 1} failed: {result.message}")
             self._group.pop(name, None)
             logger.warning("%s drops out of weight update v%d: %s", result.url, self.number + 1, result.message)
         if failed and (self._all_or_nothing or len(update.members) < self._config.min_backends):
             self._abandon("another backend failed in it")
             raise WeightSyncError(
-                f"Weight update v{self.number + 1} ended after {update.parameters} parameters; no backend that "
+                f"Weight update v{self.number + 1} ended after {len(update.names)} parameters; no backend that "
                 "took part serves until a whole update has reached it",
-                {**{r.url: str(r) for r in results.values()}, **update.dropped},
+                {**{r.url: r for r in results.values()}, **update.dropped},
             )
 
     async def reset_caches(self) -> dict[str, ControlResult]:
@@ -342,13 +333,26 @@ class WeightCoordinator:
         return [b for b in self.reachable() if b.sync.why_stale(self.number) is None]
 
     def _publish(self, update: _Update) -> None:
+        """The new version is out. A backend that had missed something holds it only if it was sent all there is."""
         self._cancel_expiry()
         self._update = None
         self.number += 1
+        whole = update.names >= self._ever_sent
+        reached = [b for b in update.members.values() if whole or b.name in update.complete]
         for backend in update.members.values():
-            backend.sync.reached(self.number)
+            if backend in reached:
+                backend.sync.reached(self.number)
+            else:
+                backend.sync.lost(
+                    f"update v{self.number} carried {len(update.names)} of the {len(self._ever_sent)} parameters that "
+                    "it may have missed"
+                )
         self._dispatcher.open_gate()
-        logger.info("Weights %s: %d parameters on %d backends", self.version, update.parameters, len(update.members))
+        logger.info("Weights %s: %d parameters on %d backends", self.version, len(update.names), len(reached))
+        if len(reached) < self._config.min_backends:
+            raise WeightSyncError(
+                f"Weight update v{self.number} was not whole; send every parameter", self._dispatcher.reasons()
+            )
 
     def _abandon(self, why: str) -> None:
         """Ends an update without publishing it: its members stay out of sync."""
@@ -378,6 +382,15 @@ class WeightCoordinator:
             self._expiry.cancel()
             self._expiry = None
 
+    def forget(self, backend: Backend) -> None:
+        """Lets a backend that left the pool out of everything."""
+        self._group.pop(backend.name, None)
+        if self._update is not None:
+            self._update.members.pop(backend.name, None)
+
+    def _urls(self) -> list[str]:
+        return [b.url for b in self._dispatcher.backends.values()]
+
     def close(self) -> None:
         """Stops the clock of an unfinished update."""
         self._cancel_expiry()
@@ -390,4 +403,4 @@ def require_all(what: str, results: Mapping[str, ControlResult]) -> None:
         [`ControlError`]: with every backend's result.
     """
     if any(not result.ok for result in results.values()):
-        raise ControlError(f"{what} failed", {result.url: str(result) for result in results.values()})
+        raise ControlError(f"{what} failed", {result.url: result for result in results.values()})
