@@ -60,7 +60,7 @@ class CircuitBreaker:
     """
 
     def __init__(self, *, threshold: int, cooldown: float, max_cooldown: float, clock: Callable[[], float]) -> None:
-        self._threshold, self._cooldown, self._max_cooldown = threshold, cooldown, max_cooldown
+        self._threshold, self._cooldown, self._max_cooldown = threshold, cooldown, max(cooldown, max_cooldown)
         self._clock = clock
         self._state = BreakerState.CLOSED
         self._epoch = 0

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigurationError
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def shown(value: object) -> str:
+    """A setting's value for a message, without what stands before an `@`: that may be a password."""
+    return re.sub(r"[^,\s'\"]*@", "***@", repr(value))
 
 
 class PoolConfig(BaseModel):
@@ -24,7 +30,7 @@ class PoolConfig(BaseModel):
         cooldown_seconds (`float`, *optional*, defaults to `30.0`):
             How long a first ejection lasts; the k-th in a row lasts k times as long.
         max_cooldown_seconds (`float`, *optional*, defaults to `300.0`):
-            Longest ejection.
+            Longest ejection (never shorter than `cooldown_seconds`).
         health_interval (`float`, *optional*, defaults to `3.0`):
             Seconds between two health probes of a backend.
         health_timeout (`float`, *optional*, defaults to `2.0`):
@@ -118,15 +124,6 @@ class PoolConfig(BaseModel):
     trust_env: bool = False
     progress: bool = False
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.max_cooldown_seconds < self.cooldown_seconds:
-            raise ValueError(
-                f"max_cooldown_seconds={self.max_cooldown_seconds} must not be below "
-                f"cooldown_seconds={self.cooldown_seconds}"
-            )
-        return self
-
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Reads the variables named like the fields in upper case; unset and empty ones keep their defaults.
@@ -160,5 +157,5 @@ class PoolConfig(BaseModel):
             elif fault["type"] == "missing":
                 faults.append(f"{field.upper()} is not set; allowed: {cls.model_fields[field].description}")
             else:
-                faults.append(f"{field.upper()}={values.get(field)!r}: {message}")
+                faults.append(f"{field.upper()}={shown(values.get(field))}: {message}")
         return "; ".join(faults)

@@ -17,7 +17,7 @@ import httpx
 from ._version import __version__
 from .addresses import BackendAddress, parse_backends
 from .backend import Backend, BackendStatistics, find
-from .config import PoolConfig
+from .config import PoolConfig, shown
 from .dialects.base import Dialect
 from .dialects.trl import TrlDialect
 from .dispatch import Dispatcher
@@ -69,7 +69,7 @@ def resolve_backends(
         try:
             return parse_backends(os.environ["BACKENDS"]), True
         except ConfigurationError as error:
-            raise ConfigurationError(f"BACKENDS={os.environ['BACKENDS']!r}: {error}") from None
+            raise ConfigurationError(f"BACKENDS={shown(os.environ['BACKENDS'])}: {error}") from None
     return parse_backends(f"http://{f'[{host}]' if ':' in host else host}:{server_port}"), False
 
 
@@ -183,23 +183,23 @@ class Fleet:
         Raises:
             `requests.ConnectionError` ([`BackendsUnreachableError`]): when fewer than `min_backends` are up in time.
         """
-        started = self._clock()
+        deadline = self._clock() + total_timeout
+        left = total_timeout
         while True:
-            left = max(0.0, total_timeout - (self._clock() - started))
             down = [b for b in self._dispatcher.backends.values() if not b.health.usable]
-            await self._monitor.probe_once(down, timeout=left if left > 0 and total_timeout > 0 else None)
+            # Without any time to wait there is one full probe.
+            await self._monitor.probe_once(down, timeout=left if total_timeout > 0 else None)
             missing = [b for b in down if not b.health.usable]
-            left = max(0.0, total_timeout - (self._clock() - started))
+            left = deadline - self._clock()
             if not missing or left <= 0:
                 break
-            logger.info(
-                "%d of %d servers are not up yet (%s); retrying in %g s",
-                len(missing),
-                len(self._dispatcher.backends),
-                ", ".join(b.url for b in missing),
-                min(retry_interval, left),
-            )
-            await asyncio.sleep(min(retry_interval, left))
+            pause = min(retry_interval, left)
+            names = ", ".join(backend.url for backend in missing)
+            logger.info("%d servers are not up yet (%s); retrying in %g s", len(missing), names, pause)
+            await asyncio.sleep(pause)
+            left = deadline - self._clock()
+            if left <= 0:
+                break
         up = len(self._dispatcher.backends) - len(missing)
         reasons = {b.url: b.why_ineligible() or b.health.reason for b in missing}
         if up < self.config.min_backends:

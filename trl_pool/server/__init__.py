@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     app: FastAPI
 
-__all__ = ["GatewaySettings", "app", "create_app"]
+# `app` is left out: a star import would read the environment.
+__all__ = ["GatewaySettings", "create_app"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,12 +25,21 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     options.add_argument("--host", default="0.0.0.0", help="address to listen on (default: %(default)s)")
-    options.add_argument("--port", type=int, default=8080, help="port to listen on, 0 for any (default: %(default)s)")
+    options.add_argument(
+        "--port", type=_port, default=8080, help="port to listen on, 0 for any (default: %(default)s)"
+    )
     options.add_argument("--log-level", default="info", choices=list(uvicorn.config.LOG_LEVELS))
     for name, field in GatewaySettings.model_fields.items():
         default = "required" if field.is_required() else f"default: {field.default}"
         options.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=f"({default})")
     return options
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port; allowed: 0-65535")
+    return port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=log_level.upper().replace("TRACE", "DEBUG"), format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for every request and probe
-    uvicorn.run(create_app(settings), host=host, port=port, log_level=log_level, access_log=False)
+    uvicorn.run(create_app(settings), host=host, port=port, workers=1, log_level=log_level, access_log=False)
     return 0
 
 

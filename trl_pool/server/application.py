@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import httpx
 from fastapi import FastAPI, Query, Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,7 +33,7 @@ from ..fleet import resolve
 from ..pool import AsyncVLLMClientPool
 from ..weights.coordinator import require_all
 from .drain import Drain
-from .failures import BodyTooLargeError, ClientGoneError, failure, json_response, results_body
+from .failures import BodyTooLargeError, ClientGoneError, ShuttingDownError, failure, json_response, results_body
 from .settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
         redirect_slashes=False,
     )
     app.state.settings, app.state.drain = settings, drain
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(FrontMiddleware, drain=drain)
 
     @app.exception_handler(PoolError)
     async def pool_error(request: Request, error: PoolError) -> Response:
@@ -88,12 +89,12 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
     return app
 
 
-class RequestIdMiddleware:
-    """Gives every answer the request's `X-Request-Id`, or a new one if it had none (or one that is not printable),
-    and answers what nobody foresaw in JSON like everything else."""
+class FrontMiddleware:
+    """What holds for every request: it has an id (its `X-Request-Id`, or a new one if that is missing or not
+    printable), it ends when the gateway's time is up, and what nobody foresaw is answered in JSON too."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
+        self.app, self.drain = app, drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,7 +104,6 @@ class RequestIdMiddleware:
         usable = 0 < len(given) <= 128 and given.decode("latin-1").isascii() and given.decode("latin-1").isprintable()
         request_id = given if usable else secrets.token_hex(8).encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
-
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -114,7 +114,11 @@ class RequestIdMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            with self.drain.request():
+                await self.app(scope, receive, send_with_id)
+        except ShuttingDownError as error:
+            if not started:
+                await failure(error)(scope, receive, send_with_id)
         except Exception:
             logger.exception("Request %s to %s failed", request_id.decode(), scope["path"])
             if started:
@@ -128,6 +132,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
     Raises:
         [`BodyTooLargeError`]: by the announced length, or as soon as too much has arrived.
+        [`ClientGoneError`]: when the client stops in the middle.
     """
     message = f"request body is larger than MAX_BODY_MB={limit / 1e6:g} MB; raise it or send fewer prompts a request"
     announced = request.headers.get("content-length", "")
@@ -135,11 +140,14 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise BodyTooLargeError(message)
     chunks = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise BodyTooLargeError(message)
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise BodyTooLargeError(message)
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ClientGoneError("the client closed the connection in the middle of its request") from None
     return b"".join(chunks)
 
 
@@ -191,7 +199,6 @@ def _pool(request: Request) -> AsyncVLLMClientPool:
 
 def _add_data_routes(app: FastAPI) -> None:
     settings: GatewaySettings = app.state.settings
-    drain: Drain = app.state.drain
 
     async def serve(request: Request, make_job: Callable[[bytes], Job]) -> Response:
         job = make_job(await read_body(request, settings.max_body_bytes))
@@ -200,7 +207,7 @@ def _add_data_routes(app: FastAPI) -> None:
             session_id=request.headers.get(settings.sticky_header),
             headers={_REQUEST_ID: request.state.request_id},
         )
-        result = await drain.run(while_connected(request, work))
+        result = await while_connected(request, work)
         return json_response(result.value, headers={"x-backend": ", ".join(result.backends)})
 
     async def generate(request: Request) -> Response:

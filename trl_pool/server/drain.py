@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from .failures import ShuttingDownError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_LAST_RESORT_SECONDS = 2.0
 
 
 class Drain:
@@ -30,6 +31,7 @@ class Drain:
         self._running: set[asyncio.Task[Any]] = set()
         self._previous: Callable[[int, FrameType | None], Any] | None = None
         self.draining = False
+        self.over = False
 
     def install(self) -> None:
         """Takes SIGTERM over from the server that runs the application, to hand it on after the settle time."""
@@ -58,24 +60,32 @@ class Drain:
 
     def _cut_off(self) -> None:
         logger.warning("Time is up: %d requests are answered 503", len(self._running))
+        self.over = True
         for task in self._running:
             task.cancel()
+        asyncio.get_running_loop().call_later(_LAST_RESORT_SECONDS, self._force)
 
-    async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a request's work, which ends when the time is up.
+    def _force(self) -> None:
+        # A client that reads no answer keeps its connection; uvicorn takes a second SIGINT for "do not wait".
+        if self._previous is not None:
+            self._previous(signal.SIGINT, None)
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """A request under way; it ends when the time is up.
 
         Raises:
             [`ShuttingDownError`]: then.
         """
-        task = asyncio.create_task(work)
+        task = asyncio.current_task()
+        assert task is not None
         self._running.add(task)
         try:
-            return await task
+            yield
         except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if task.cancelled() and current is not None and not current.cancelling():
-                raise ShuttingDownError("the gateway is shutting down and its time is up; try another") from None
-            raise
+            if not self.over:
+                raise
+            task.uncancel()
+            raise ShuttingDownError("the gateway is shutting down and its time is up; try another") from None
         finally:
             self._running.discard(task)
-            task.cancel()

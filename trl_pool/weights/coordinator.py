@@ -223,7 +223,9 @@ class WeightCoordinator:
 
     # Updates
 
-    async def announce(self, body: bytes, *, tensor: Any = None, owner: object = None) -> dict[str, ControlResult]:
+    async def announce(
+        self, name: str, body: bytes, *, tensor: Any = None, owner: object = None
+    ) -> dict[str, ControlResult]:
         """Announces one tensor to everybody in the update, begins the update if need be, and moves the tensor.
 
         Raises:
