@@ -42,7 +42,11 @@ class Lease:
     permit: Permit
     started: float
     owner: object = None
+    # While its request is out:
     scope: asyncio.Timeout | None = None
+    patience: float = 0.0
+    until: float = 0.0
+    broken_off: AttemptError | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,6 @@ class Backend:
         self._leases: set[Lease] = set()
         # Requests nobody waits for any more, which the server still works on.
         self._orphans: dict[asyncio.Task[Answer], str] = {}
-        self._broken = (Outcome.LOST, "")
         self._removed = False
         self._requests = self._prompts = self._failures = self._failovers = 0
         self._seconds = 0.0
@@ -242,6 +245,7 @@ class Backend:
         self.health.served()
         self._busy_streak = 0
         self._prompts += prompts
+        self._line_moved(lease)
         self._answered += 1
         self._seconds += self._clock() - lease.started
 
@@ -284,48 +288,69 @@ class Backend:
         path: str,
         body: bytes,
         *,
-        timeout: float,
+        patience: float,
+        until: float,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Sends a leased request.
 
         A scoring request that nobody waits for any more is not dropped where that matters: the server would go on
         with it, and mix up its reply with that of the next generation. It keeps its lane until it is answered.
+
+        Args:
+            lease ([`Lease`]): Its lease.
+            path (`str`): Where to.
+            body (`bytes`): What.
+            patience (`float`): Seconds without an answer after which it has timed out. On a server that works
+                through its requests one after the other they start anew with each answer to another: waiting in its
+                line is no fault of anybody's.
+            until (`float`): When to give up in any case, on the pool's clock.
+            headers (`Mapping[str, str]`, *optional*): Sent along.
         """
         if self._removed:
             raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
         self._requests += 1
+        now = asyncio.get_running_loop().time()
+        lease.patience, lease.until = patience, now + until - self._clock()
         try:
-            # A time-out without a time: break_off() sets one.
-            async with asyncio.timeout(None) as lease.scope:
-                return await self._post(lease, path, body, timeout, headers)
+            async with asyncio.timeout_at(min(now + patience, lease.until)) as lease.scope:
+                request = self.exchange.post(path, body, timeout=None, headers=headers)
+                if lease.lane is Lane.SCORE and self.dialect.scoring_is_exclusive:
+                    return await self._outlive(request, Lane.SCORE.value)
+                return await request
         except TimeoutError:
-            raise AttemptError(self.url, self._broken[0], f"broken off: {self._broken[1]}") from None
+            if lease.broken_off is not None:
+                raise lease.broken_off from None
+            seconds = asyncio.get_running_loop().time() - now
+            raise AttemptError(self.url, Outcome.TIMED_OUT, f"no answer within {seconds:.1f} s") from None
+        finally:
+            lease.scope = None
 
-    async def _post(
-        self, lease: Lease, path: str, body: bytes, timeout: float, headers: Mapping[str, str] | None
-    ) -> Answer:
-        if lease.lane is not Lane.SCORE or not self.dialect.scoring_is_exclusive:
-            return await self.exchange.post(path, body, timeout=timeout, headers=headers)
-        request = self.exchange.post(path, body, timeout=None, headers=headers)
-        return await self._outlive(request, Lane.SCORE.value, timeout)
+    def _line_moved(self, answered: Lease) -> None:
+        """The server has finished one request and turns to the next: their time starts now."""
+        if self.dialect.one_request_at_a_time:
+            now = asyncio.get_running_loop().time()
+            for lease in self._leases:
+                if lease is not answered and lease.scope is not None and lease.broken_off is None:
+                    lease.scope.reschedule(min(now + lease.patience, lease.until))
 
     async def control(self, path: str, body: bytes | None) -> Answer:
         """Sends a control call, exactly once. One that does not return in time leaves the backend stuck until it
         does (or until the connection breaks)."""
         if self._removed:
             raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
-        return await self._outlive(
-            self.exchange.once("POST", path, body, timeout=None), path, self._config.control_timeout
-        )
+        limit = self._config.control_timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await self._outlive(self.exchange.once("POST", path, body, timeout=None), path)
+        except TimeoutError:
+            raise AttemptError(self.url, Outcome.TIMED_OUT, f"no answer within {limit:.1f} s") from None
 
-    async def _outlive(self, request: Coroutine[Any, Any, Answer], what: str, timeout: float) -> Answer:
+    async def _outlive(self, request: Coroutine[Any, Any, Answer], what: str) -> Answer:
+        """Waits for a request that goes on when nobody waits for it any more."""
         task = asyncio.create_task(request)
         try:
-            async with asyncio.timeout(timeout):
-                return await asyncio.shield(task)
-        except TimeoutError:
-            raise AttemptError(self.url, Outcome.TIMED_OUT, f"no answer within {timeout:.1f} s") from None
+            return await asyncio.shield(task)
         finally:
             if not task.done():
                 self._orphans[task] = what
@@ -339,9 +364,9 @@ class Backend:
 
     def break_off(self, outcome: Outcome, reason: str) -> None:
         """Ends every request that is out, as failed with that outcome, so that it is served elsewhere."""
-        self._broken = (outcome, reason)
         for lease in self._leases:
             if lease.scope is not None:
+                lease.broken_off = AttemptError(self.url, outcome, f"broken off: {reason}")
                 lease.scope.reschedule(asyncio.get_running_loop().time())
 
     async def aclose(self) -> None:

@@ -31,17 +31,18 @@ class HealthFact:
     state: Health = Health.UNKNOWN
     reason: str = "not probed yet"
     model_version: str | None = None
+    max_model_len: int | None = None
     unreached: int = 0
 
     @property
     def usable(self) -> bool:
         return self.state in (Health.UP, Health.SUSPECT)
 
-    def answered(self, model_version: str | None = None) -> bool:
+    def answered(self, model_version: str | None = None, max_model_len: int | None = None) -> bool:
         """A probe was answered with 200. Returns whether the server came back from the dead."""
         returned = self.state is Health.DOWN
         self.state, self.reason, self.unreached = Health.UP, "", 0
-        self.model_version = model_version
+        self.model_version, self.max_model_len = model_version, max_model_len
         return returned
 
     def served(self) -> None:

@@ -310,6 +310,14 @@ class Fleet:
             gate=self._dispatcher.gate,
         )
 
+    def limits(self) -> PoolConfig:
+        """The settings with what servers told: the shortest `max_model_len` counts."""
+        told = [b.health.max_model_len for b in self._dispatcher.backends.values()]
+        lengths = [length for length in (self.config.max_model_len, *told) if length is not None]
+        if not lengths or min(lengths) == self.config.max_model_len:
+            return self.config
+        return self.config.model_copy(update={"max_model_len": min(lengths)})
+
     def communicators(self) -> list[str]:
         """URLs of the servers that have a communicator open and are not known to be down."""
         members = [self._dispatcher.backends.get(name) for name in self._weights.group]

@@ -168,7 +168,7 @@ class HealthMonitor:
         else:
             if answer.status == 200:
                 backend.simulated = answer.headers.get("server") == SIMULATED
-                if backend.health.answered(_model_version(answer.body)):
+                if backend.health.answered(*_told(answer.body)):
                     backend.breaker.server_restarted()
                 self._watch(backend)
             else:
@@ -180,11 +180,13 @@ class HealthMonitor:
             logger.log(level, "%s is %s %s", backend.url, backend.health.state.value, backend.health.reason)
 
 
-def _model_version(body: bytes) -> str | None:
-    """`model_version` of a health answer; TRL's own servers send none."""
+def _told(body: bytes) -> tuple[str | None, int | None]:
+    """`model_version` and `max_model_len` of a health answer. TRL's own servers send neither; others may."""
     try:
         answer = msgspec.json.decode(body)
     except ValueError:
-        return None
-    version = answer.get("model_version") if isinstance(answer, dict) else None
-    return None if version is None else str(version)
+        return None, None
+    if not isinstance(answer, dict):
+        return None, None
+    version, length = answer.get("model_version"), answer.get("max_model_len")
+    return None if version is None else str(version), length if isinstance(length, int) else None

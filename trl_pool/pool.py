@@ -177,7 +177,7 @@ class AsyncVLLMClientPool(Fleet):
                 "generation_kwargs": generation_kwargs or {},
             },
         )
-        job = validation.generate_job(request, self.config)
+        job = validation.generate_job(request, self.limits())
         return await self._value(job, self._route(session_id), progress, "generate")
 
     @guarded
@@ -237,7 +237,7 @@ class AsyncVLLMClientPool(Fleet):
                 "tools": None if tools is None else [tool_schema(tool) for tool in tools],
             },
         )
-        job = validation.chat_job(request, self.config)
+        job = validation.chat_job(request, self.limits())
         return await self._value(job, self._route(session_id), progress, "chat")
 
     @guarded
@@ -293,7 +293,7 @@ class AsyncVLLMClientPool(Fleet):
                 "response_format": "binary" if use_binary else "json",
             },
         )
-        job = validation.score_job(request, self.config)
+        job = validation.score_job(request, self.limits())
         route = Route(None, chunk_size, max_concurrent_requests if chunk_size else 1)
         return await self._value(job, route, progress, "score")
 

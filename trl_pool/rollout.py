@@ -249,11 +249,15 @@ class Rollout:
         """Sends a piece on a lease, gives the lease back, and keeps the books."""
         backend = lease.backend
         started = self._clock()
-        allowed = self._config.request_timeout
-        left = self._deadline - started
         try:
-            body = self._dialect.encode(self._job, piece)
-            answer = await backend.post(lease, self._path, body, timeout=min(allowed, left), headers=self._headers)
+            answer = await backend.post(
+                lease,
+                self._path,
+                self._dialect.encode(self._job, piece),
+                patience=self._config.request_timeout,
+                until=self._deadline,
+                headers=self._headers,
+            )
             judge(backend.url, answer)
             try:
                 answers = self._dialect.decode(self._job, piece, answer.body)
@@ -261,8 +265,10 @@ class Rollout:
                 detail = f"{error} ({len(answer.body)} bytes)"
                 raise AttemptError(backend.url, Outcome.BAD_ANSWER, detail, status=answer.status) from error
         except AttemptError as error:
-            cut_short = error.outcome is Outcome.TIMED_OUT and left < allowed
-            self._failed(lease, piece, error, self._clock() - started, charge=not cut_short)
+            now = self._clock()
+            # The end of the whole call's time says nothing about this backend.
+            cut_short = error.outcome is Outcome.TIMED_OUT and now >= self._deadline
+            self._failed(lease, piece, error, now - started, charge=not cut_short)
             return error.outcome
         self._succeeded(lease, piece, answers)
         return Outcome.OK

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import validation
 from .._version import __version__
 from ..backend import BackendStatistics
+from ..config import PoolConfig
 from ..dialects.base import Job
 from ..dialects.trl_requests import (
     ChatRequest,
@@ -200,8 +201,8 @@ def _pool(request: Request) -> AsyncVLLMClientPool:
 def _add_data_routes(app: FastAPI) -> None:
     settings: GatewaySettings = app.state.settings
 
-    async def serve(request: Request, make_job: Callable[[bytes], Job]) -> Response:
-        job = make_job(await read_body(request, settings.max_body_bytes))
+    async def serve(request: Request, make_job: Callable[[bytes, PoolConfig], Job]) -> Response:
+        job = make_job(await read_body(request, settings.max_body_bytes), _pool(request).limits())
         work = _pool(request).submit(
             job,
             session_id=request.headers.get(settings.sticky_header),
@@ -214,8 +215,8 @@ def _add_data_routes(app: FastAPI) -> None:
         """Completions for prompts, spread over the backends."""
         return await serve(
             request,
-            lambda body: validation.generate_job(
-                validation.parse(GenerateRequest, body), settings, raw=True, body=body
+            lambda body, limits: validation.generate_job(
+                validation.parse(GenerateRequest, body), limits, raw=True, body=body
             ),
         )
 
@@ -223,15 +224,15 @@ def _add_data_routes(app: FastAPI) -> None:
         """Completions for conversations, spread over the backends."""
         return await serve(
             request,
-            lambda body: validation.chat_job(validation.parse(ChatRequest, body), settings, raw=True, body=body),
+            lambda body, limits: validation.chat_job(validation.parse(ChatRequest, body), limits, raw=True, body=body),
         )
 
     async def get_sequence_logprobs(request: Request) -> Response:
         """Logprobs of given sequences, spread over the backends."""
         return await serve(
             request,
-            lambda body: validation.score_job(
-                validation.parse(SequenceLogprobsRequest, body), settings, raw=True, body=body
+            lambda body, limits: validation.score_job(
+                validation.parse(SequenceLogprobsRequest, body), limits, raw=True, body=body
             ),
         )
 
