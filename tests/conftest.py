@@ -63,24 +63,28 @@ class Tensor:
         self.shape = shape or (2, 3)
 
 
-def _made_new(sims: Sequence[SimProcess]) -> None:
-    """Every server as after its start: no faults, no counts, the first weights."""
-    dirty = []
+def _made_new(sims: Sequence[SimProcess], first_weights: bool) -> None:
+    """Every server without faults, counts and communicator. A start takes half a second of a core, so only what
+    cannot be had otherwise is started anew."""
+    states = []
     for sim in sims:
         if sim.running:
             sim.clear_faults()
-            state = sim.state()
-            if not (
-                state["poisoned"]
-                or state["dead_worker"]
-                or state["communicator"]
-                or state["weights"]["updates"]
-                or state["in_flight"]
-            ):
-                sim.forget()
-                continue
-        dirty.append(sim.restart(wait=False))
-    for sim in dirty:
+            if sim.state()["communicator"]:
+                ask(sim, "close_communicator")
+        states.append(sim.state() if sim.running else None)
+
+    def spoiled(state: Any) -> bool:
+        return not state or state["poisoned"] or state["dead_worker"] or state["in_flight"] or state["mixed"]
+
+    alike = not any(map(spoiled, states)) and len({state["weights"]["digest"] for state in states if state}) == 1
+    anew = []
+    for sim, state in zip(sims, states, strict=True):
+        if spoiled(state) or (state["weights"]["updates"] and (first_weights or not alike)):
+            anew.append(sim.restart(wait=False))
+        else:
+            sim.forget()
+    for sim in anew:
         sim.wait_ready()
 
 
@@ -91,13 +95,14 @@ def _sims() -> Iterator[SimFleet]:
 
 
 @pytest.fixture
-def fleet(_sims: SimFleet) -> Callable[[int], list[SimProcess]]:
-    """`fleet(n)`: n simulated servers, shared by all tests and made new for each."""
+def fleet(_sims: SimFleet) -> Callable[..., list[SimProcess]]:
+    """`fleet(n)`: n simulated servers, shared by all tests and made new for each. With `first_weights=False` they
+    may have weights of an earlier test, all the same."""
 
-    def give(n: int) -> list[SimProcess]:
+    def give(n: int, first_weights: bool = True) -> list[SimProcess]:
         if len(_sims) < n:
             _sims.extend(start_fleet(n - len(_sims)))
-        _made_new(_sims[:n])
+        _made_new(_sims[:n], first_weights)
         return list(_sims[:n])
 
     return give

@@ -21,6 +21,8 @@ HOST: Final = "127.0.0.1"
 MAX_MODEL_LEN: Final = 256
 START_SECONDS: Final = 240.0
 _TAIL_BYTES: Final = 6000
+# How multiprocessing heads the traceback of a child that raised.
+_WORKER_DIED: Final = b"\nProcess Process-"
 
 
 class ServerError(RuntimeError):
@@ -145,6 +147,9 @@ class TrlServer:
         while time.monotonic() < end:
             if not self.running:
                 raise self._error("ended before it was ready")
+            if _WORKER_DIED in self._log_bytes():
+                # The parent waits for its lost worker for ever; the test need not.
+                raise self._error("lost its worker before it was ready")
             with contextlib.suppress(requests.RequestException):
                 if requests.get(f"{self.url}/health/", timeout=2).status_code == 200:
                     return self
@@ -185,9 +190,10 @@ class TrlServer:
 
     def log_tail(self, size: int = _TAIL_BYTES) -> str:
         """The last `size` bytes of the log of the latest start."""
-        if self.log_path is None or not self.log_path.exists():
-            return "(no log)"
-        return self.log_path.read_bytes()[-size:].decode("utf-8", errors="replace")
+        return self._log_bytes()[-size:].decode("utf-8", errors="replace") or "(nothing)"
+
+    def _log_bytes(self) -> bytes:
+        return self.log_path.read_bytes() if self.log_path is not None and self.log_path.exists() else b""
 
     def _generate(self, deadline: float) -> None:
         response = requests.post(
