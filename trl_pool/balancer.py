@@ -87,22 +87,43 @@ def split(
         `dict[str, list[int]]`: Indices of prompts per backend, ascending; backends without work are left out.
     """
     room = shares(len(keys), weight, loads, rng.random)
+    # Seats at the highest level are drawn by lot between equals; whom they go to, the prompts' affinity may say.
+    top = max((loads[name] + weight * count for name, count in room.items() if count), default=0)
+    takers = {name for name, count in room.items() if loads[name] + weight * (count + 1) == top}
+    seats = 0
+    for name, count in room.items():
+        if count and loads[name] + weight * count == top:
+            room[name] -= 1
+            takers.add(name)
+            seats += 1
     placed: dict[str, list[int]] = {}
     orders: dict[str, list[str]] = {}
     homeless: list[int] = []
+
+    def has_room(name: str) -> bool:
+        return room[name] > 0 or (seats > 0 and name in takers)
+
+    def place(index: int, name: str) -> None:
+        nonlocal seats
+        if room[name]:
+            room[name] -= 1
+        else:
+            takers.discard(name)
+            seats -= 1
+        placed.setdefault(name, []).append(index)
+
     for index, key in enumerate(keys):
         if key not in orders:
             near = (name for name in walk(key) if name in room)
             orders[key] = list(itertools.islice(near, _AFFINITY_DEPTH))
-        name = next((name for name in orders[key] if room[name]), None)
-        if name is None:
+        found = next((name for name in orders[key] if has_room(name)), None)
+        if found is None:
             homeless.append(index)
-            continue
-        room[name] -= 1
-        placed.setdefault(name, []).append(index)
-    left = [name for name, free in room.items() for _ in range(free)]
-    for index, name in zip(homeless, left, strict=True):
-        placed.setdefault(name, []).append(index)
+        else:
+            place(index, found)
+    everybody = itertools.cycle(room)
+    for index in homeless:
+        place(index, next(name for name in everybody if has_room(name)))
     return {name: sorted(indices) for name, indices in placed.items()}
 
 

@@ -94,6 +94,17 @@ class ControlResult:
 class PoolError(Exception):
     """Base of everything the pool raises."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Their constructors take more than the message; pickle must not call them with it.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[PoolError], args: tuple[Any, ...], state: dict[str, Any]) -> PoolError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class ConfigurationError(PoolError, ValueError):
     """A setting or a backend's address is wrong. The message names it, its value and what is allowed."""

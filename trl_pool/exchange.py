@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import functools
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ KEEPALIVE_SECONDS = 4.0
 
 MAX_RETRY_AFTER = 60.0
 
+_CLOSE_SECONDS = 3.0
+
 OUTCOMES: dict[type[BaseException], Outcome] = {
     httpx.ConnectError: Outcome.UNREACHED,
     httpx.ConnectTimeout: Outcome.UNREACHED,
@@ -43,6 +47,11 @@ OUTCOMES: dict[type[BaseException], Outcome] = {
     httpx.TooManyRedirects: Outcome.BAD_ANSWER,
     OSError: Outcome.LOST,
 }
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,13 @@ class Exchange:
         self._address = address
         self._clock = clock
         self._shares_transport = transport is not None
+        self._closed = False
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         common: dict[str, Any] = {
+            # Reading the system's certificates takes long; they are read once, and only for https.
+            "verify": _certificates() if address.scheme == "https" else False,
             "transport": transport,
             "trust_env": config.trust_env,
             "timeout": httpx.Timeout(None, connect=config.connect_timeout),
@@ -118,7 +133,11 @@ class Exchange:
         )
 
     async def aclose(self) -> None:
-        """Closes the connections; a transport that was given from outside is its owner's to close."""
+        """Closes the connections once nothing is under way on them; a transport that was given from outside is its
+        owner's to close."""
+        self._closed = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), _CLOSE_SECONDS)
         if not self._shares_transport:
             await self._client.aclose()
             await self._fresh.aclose()
@@ -202,6 +221,8 @@ class Exchange:
         headers: Mapping[str, str] | None,
         trace: _Trace,
     ) -> Answer:
+        if self._closed:
+            raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
         request = client.build_request(
             method,
             self.url + path,
@@ -215,11 +236,17 @@ class Exchange:
             # Below the whole: "no connection" and "no answer" mean different things.
             timeouts["connect"] = min(timeouts["connect"] or timeout, 0.8 * timeout)
         request.extensions["timeout"] = timeouts
+        self._under_way += 1
+        self._idle.clear()
         try:
             async with asyncio.timeout(timeout):
                 response = await client.send(request)
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             raise translate(self.url, error, timeout) from error
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
         return Answer(response.status_code, response.headers, response.content)
 
 

@@ -28,6 +28,7 @@ _MAX_INT = 2**63 - 1
 # be fine for the server.
 _BROKEN_REGEX = ("unterminated", "unbalanced", "nothing to repeat", "multiple repeat", "bad character range")
 _CHARACTER_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")
+_ESCAPED = re.compile(r"\\[^1-9]", re.DOTALL)
 _NOT_REGULAR = re.compile(r"\(\?(?:[=!(]|<[=!]|P=)|\\[1-9]")
 
 
@@ -223,7 +224,7 @@ def _regex_faults(name: str, regex: Any) -> Iterator[Fault]:
         if any(word in str(error) for word in _BROKEN_REGEX):
             yield name, f"is not a regular expression: {error}"
             return
-    # What is escaped, or inside a character class, is only itself. An escaped backslash escapes nothing.
-    bare = _CHARACTER_CLASS.sub("", regex.replace("\\\\", "").replace(r"\(", ""))
+    # What is escaped, or inside a character class, is only itself; an escaped digit is a back-reference.
+    bare = _CHARACTER_CLASS.sub("", _ESCAPED.sub("", regex))
     if _NOT_REGULAR.search(bare):
         yield name, "must not use look-around, conditions or back-references: the engine dies of them"

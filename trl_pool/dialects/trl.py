@@ -141,7 +141,7 @@ class TrlDialect(Dialect):
                 "logprob_token_ids": list(flat(a.logprob_token_ids for a in answers)) if with_logprobs else None,
             }
         if job.fields["response_format"] == "binary":
-            return {**_NULLS, **_pack(answers, job.fields["top_logprobs"])} if job.raw else _unpack(answers)
+            return _pack(answers, job.fields["top_logprobs"]) if job.raw else _unpack(answers)
         lists = {
             "logprobs": [answer.logprobs for answer in answers],
             "logprob_token_ids": [answer.logprob_token_ids for answer in answers],
@@ -241,7 +241,12 @@ def _pack(answers: Sequence[ScoreAnswer], top: int) -> dict[str, Any]:
     """Binary answers as one server would pack them: padded to the longest with -inf and token 0."""
     lengths = [len(answer.logprobs) for answer in answers]
     shape = (len(answers), max(lengths, default=0), answers[0].logprobs.shape[1] if answers else top)
-    packed: dict[str, Any] = {"shape": shape, "completion_lengths": lengths}
+    packed: dict[str, Any] = {
+        "logprobs": None,
+        "logprob_token_ids": None,
+        "shape": shape,
+        "completion_lengths": lengths,
+    }
     wire_names = ("logprobs_b64", "token_ids_b64", "actual_logprobs_b64", "actual_token_ids_b64")
     for column, wire_name in zip(_COLUMNS, wire_names, strict=True):
         if any(getattr(answer, column) is None for answer in answers):
