@@ -124,8 +124,6 @@ def pieces_of(count: int, seed: int) -> list[list[int]]:
     return list(dealt.values())
 
 
-ACTUAL_NULL = "there as null, and TRL's client decodes what is there"
-
 PROMPTS = st.one_of(
     st.lists(st.text("abc", min_size=1, max_size=5), max_size=8),
     st.lists(st.lists(st.integers(0, 511), min_size=1, max_size=5), max_size=8),
@@ -269,7 +267,7 @@ def test_pieces_of_a_binary_score_call_unpack_into_the_lists_that_trls_client_re
     )
 
 
-@pytest.mark.parametrize("raw", [False, pytest.param(True, marks=pytest.mark.xfail(reason=ACTUAL_NULL))])
+@pytest.mark.parametrize("raw", [False, True])
 def test_binary_answers_of_servers_that_know_no_actual_tokens_merge_without_them(raw: bool) -> None:
     units = [([1, 2, 3], 1), ([4, 5], 0)]
     body = json.dumps(packed_for(units, 3, actual=False)).encode()
@@ -280,7 +278,7 @@ def test_binary_answers_of_servers_that_know_no_actual_tokens_merge_without_them
         assert json.loads(msgspec.json.encode(merged)) == packed_for(units, 3, actual=False)
 
 
-@pytest.mark.parametrize("raw", [False, pytest.param(True, marks=pytest.mark.xfail(reason=ACTUAL_NULL))])
+@pytest.mark.parametrize("raw", [False, True])
 def test_actual_tokens_are_left_out_when_one_server_of_several_has_none(raw: bool) -> None:
     units = [([1, 2, 3], 1), ([4, 5], 0)]
     job = Job(Endpoint.SCORE, units, score_fields("binary"), raw=raw)

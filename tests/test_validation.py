@@ -581,7 +581,6 @@ def test_a_pattern_that_is_not_regular_is_refused_because_it_kills(regex: str) -
     assert "look-around" in str(fault_of(generate, structured_outputs_regex=regex))
 
 
-@pytest.mark.xfail(reason="an escaped bracket is taken for the start of a character class")
 def test_a_look_ahead_between_escaped_and_bare_brackets_is_refused() -> None:
     fault_of(generate, structured_outputs_regex=r"\[(?=a)b]")
 

@@ -74,6 +74,8 @@ class Dispatcher:
         self.backends: dict[str, Backend] = {}
         self.ring = HashRing(virtual_nodes=config.virtual_nodes)
         self._gate: str | None = None
+        self._gate_drains = False
+        self.under_way: set[object] = set()  # calls that somebody has begun to serve
         self._waiters: list[_Waiter] = []
         self._notice: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -99,9 +101,9 @@ class Dispatcher:
         """Why no lease is given at all now, or `None`."""
         return self._gate
 
-    def close_gate(self, reason: str) -> None:
-        """No new leases until [`open_gate`]; work waits."""
-        self._gate = reason
+    def close_gate(self, reason: str, *, drain: bool = False) -> None:
+        """No new leases until [`open_gate`]; work waits. With `drain`, calls under way may still come to their end."""
+        self._gate, self._gate_drains = reason, drain
 
     def open_gate(self) -> None:
         self._gate = None
@@ -168,7 +170,7 @@ class Dispatcher:
         Raises:
             [`NoBackendAvailableError`]: when there is nobody to wait for either.
         """
-        if self._gate is not None:
+        if self._gate is not None and not (self._gate_drains and want.owner in self.under_way):
             return None
         found = self.candidates(want)
         if not found.ready:

@@ -157,11 +157,15 @@ class Rollout:
             want = self._want(indices, key=keys[0])
             lease = await self._dispatcher.lease(want, until=self._deadline, new_call=True)
             shards = [(lease, indices)] if whole else self._dispatcher.spread(lease, each, keys)
+        # From here on the call belongs to the weights it began with: an update waits for its end, not only for what
+        # is out at the moment.
+        self._dispatcher.under_way.add(self)
         try:
             async with asyncio.TaskGroup() as group:
                 for lease, share in shards:
                     group.create_task(self._serve_shard(lease, share))
         finally:
+            self._dispatcher.under_way.discard(self)
             for lease, _ in shards:  # a task that was cancelled before its first step has not seen its lease
                 lease.backend.release_unused(lease)
 

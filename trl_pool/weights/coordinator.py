@@ -139,9 +139,10 @@ class WeightCoordinator:
             if self._update is not None:
                 yield
                 return
-            self._dispatcher.close_gate(reason)
+            self._dispatcher.close_gate(reason, drain=True)
             try:
                 await self._drain(reason)
+                self._dispatcher.close_gate(reason)
                 yield
             finally:
                 if self._update is None:
@@ -151,12 +152,13 @@ class WeightCoordinator:
         """Waits for what is out. A `trl` server serves nothing else meanwhile, and mixes up replies if it is asked."""
 
         def idle() -> bool | None:
-            return None if self._out() else True
+            return None if self._out() or self._dispatcher.under_way else True
 
         try:
             await self._dispatcher.until(idle, timeout=self._config.drain_timeout)
         except TimeoutError:
             busy = {b.url: f"is still working ({b.inflight} requests waited for)" for b in self._out()}
+            busy = busy or {"the pool": f"has {len(self._dispatcher.under_way)} calls under way"}
             raise WeightSyncError(
                 f"{reason}: not started, requests did not end within drain_timeout={self._config.drain_timeout:g} s",
                 busy,
