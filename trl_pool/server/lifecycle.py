@@ -46,6 +46,8 @@ def refuse_workers(argv: Sequence[str], environ: Mapping[str, str]) -> None:
         if option in ("--workers", "-w"):
             source = option
             asked = value if equals else argv[position + 1] if position + 1 < len(argv) else ""
+        elif option.startswith("-w") and option[2:].isdigit():
+            source, asked = "-w", option[2:]
     if asked.strip() not in ("", "1"):
         raise ConfigurationError(
             f"{source}={asked}: allowed: 1, since limits, circuit breakers and the weight fence live in one process"

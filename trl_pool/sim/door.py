@@ -120,12 +120,13 @@ class Door:
             self._reopening = asyncio.create_task(self._reopen_after(seconds))
 
     def drop_idle(self) -> int:
-        """Close the connections that have no request on them.
+        """Close the kept-alive connections: those that had a request and have none now.
 
         Returns:
             `int`: How many they were.
         """
-        idle = [c for c in map(_h11, self._state.connections) if c.cycle is None or c.cycle.response_complete]
+        # uvicorn leaves a connection alone on which no request was made yet.
+        idle = [c for c in map(_h11, self._state.connections) if c.cycle is not None and c.cycle.response_complete]
         for connection in idle:
             connection.timeout_keep_alive_handler()  # what uvicorn does when the keep-alive timeout is over
         return len(idle)
