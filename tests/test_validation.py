@@ -598,6 +598,5 @@ def test_an_integer_beyond_all_floats_is_refused(call: Any, fields: dict[str, An
     fault_of(call, **fields)
 
 
-@pytest.mark.xfail(reason="vLLM takes unsigned 64-bit seeds")
 def test_a_seed_that_the_server_takes_is_accepted() -> None:
     assert with_kwargs(seed=2**63).fields["generation_kwargs"] == {"seed": 2**63}

@@ -63,7 +63,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "repetition_penalty": ("positive", lambda v: _number(v) and v > 0),
     "presence_penalty": ("in [-2, 2]", lambda v: _number(v) and -2 <= v <= 2),
     "frequency_penalty": ("in [-2, 2]", lambda v: _number(v) and -2 <= v <= 2),
-    "seed": ("a 64-bit integer", lambda v: _integer(v, -_MAX_INT - 1)),
+    "seed": ("a 64-bit integer", lambda v: _integer(v, -_MAX_INT - 1, 2**64 - 1)),
     "stop": ("a string or a list of strings, none empty", lambda v: _nonempty(v) or _list_of(v, _nonempty)),
     "stop_token_ids": ("a list of token ids", lambda v: _list_of(v, lambda i: _integer(i, 0))),
     "allowed_token_ids": ("a list of at least one token id", lambda v: _list_of(v, lambda i: _integer(i, 0), least=1)),
