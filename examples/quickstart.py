@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 import httpx
 
 from trl_pool import PoolConfig, VLLMClientPool
-from trl_pool.sim.process import SimProcess, start_fleet
+from trl_pool.sim.process import SimProcess, hold_port, start_fleet
 
 PROMPTS = [f"Question {i}: what is {i} + {i * 7 % 13}? Think step by step." for i in range(96)]
 SAMPLING = {"n": 8, "max_tokens": 64, "temperature": 1.0}
@@ -112,9 +111,8 @@ def prompts_served(client: VLLMClientPool, name: str) -> int:
 @contextlib.contextmanager
 def gateway(backends: list[str]) -> Iterator[str]:
     """`python -m trl_pool.server` as a child process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held = hold_port("127.0.0.1")
+    port = held.getsockname()[1] if held else 8080
     command = [sys.executable, "-m", "trl_pool.server", "--host", "127.0.0.1", "--port", str(port)]
     child = subprocess.Popen([*command, "--backends", ",".join(backends), "--log-level", "warning"])
     try:
@@ -124,6 +122,8 @@ def gateway(backends: list[str]) -> Iterator[str]:
     finally:
         child.terminate()
         child.wait(timeout=30)
+        if held:
+            held.close()
 
 
 def answers(url: str) -> bool:

@@ -9,9 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from trl_pool import PoolConfig, VLLMClientPool
 from trl_pool.sim import SimFleet, SimProcess, start_fleet
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("trl_pool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("trl_pool")
 
 QUICK: dict[str, Any] = {
     "health_interval": 0.1,

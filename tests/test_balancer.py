@@ -226,7 +226,7 @@ def test_servers_the_ring_does_not_know_serve_too() -> None:
     assert sorted(map(len, plan.values())) == [1, 1, 1]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99))
 def test_more_servers_than_a_walk_is_followed_still_get_even_shares(seed: int) -> None:
     ring = HashRing((f"n{i}" for i in range(40)), virtual_nodes=150)

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import ask, quick
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from trl_pool import AsyncVLLMClientPool, RolloutError, VLLMClientPool
@@ -212,7 +212,7 @@ class Servers(httpx.AsyncBaseTransport):
     slots=st.integers(1, 3),
     threshold=st.integers(1, 3),
 )
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120)
 def test_nothing_is_lost_or_doubled_or_misplaced_by_any_plan_and_any_faults(
     backends: int,
     prompts: int,

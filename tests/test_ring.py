@@ -73,7 +73,7 @@ def test_the_order_in_which_names_came_does_not_matter() -> None:
 
 
 @given(names=NAMES, gone=st.integers(0, 100))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_when_a_backend_goes_exactly_its_keys_move_each_to_its_second_choice(names: list[str], gone: int) -> None:
     ring = HashRing(names, virtual_nodes=150)
     lost = names[gone % len(names)]
@@ -84,7 +84,7 @@ def test_when_a_backend_goes_exactly_its_keys_move_each_to_its_second_choice(nam
 
 
 @given(names=NAMES, new=st.text("xyz", min_size=1, max_size=8))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_when_a_backend_comes_its_share_moves_to_it_and_nothing_else_moves(names: list[str], new: str) -> None:
     ring = HashRing(names, virtual_nodes=150)
     before = owners(ring)
@@ -108,7 +108,7 @@ def test_a_new_server_takes_little_more_than_its_share_of_the_keys(count: int) -
 
 
 @given(names=NAMES, key=st.text(st.characters(exclude_categories=["Cs"])))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_walk_meets_every_name_exactly_once(names: list[str], key: str) -> None:
     ring = HashRing(names, virtual_nodes=150)
     order = list(ring.walk(key))

@@ -238,7 +238,7 @@ def test_a_large_batch_takes_well_under_two_seconds() -> None:
 
 
 @given(st.integers(0, 30), st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_scores_are_the_logprobs_that_generating_gave(seed: int, top: int) -> None:
     done = generate(PROMPTS[:2], Sampling(n=2, seed=seed, logprobs=top), CHECKPOINT)
     assert done.logprobs is not None

@@ -16,6 +16,8 @@ from typing import Final
 
 import requests
 
+from trl_pool.sim.process import hold_port
+
 HOST: Final = "127.0.0.1"
 # Half of the model's own limit: "longer than the server allows" is then not also "longer than the model can".
 MAX_MODEL_LEN: Final = 256
@@ -27,13 +29,6 @@ _WORKER_DIED: Final = b"\nProcess Process-"
 
 class ServerError(RuntimeError):
     """A server did not start or did not answer; the message ends with the tail of its log."""
-
-
-def free_port() -> int:
-    """A port nobody listens on at this moment."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def server_environment() -> dict[str, str]:
@@ -83,6 +78,7 @@ class TrlServer:
         self._log_dir = log_dir if log_dir is not None else Path(tempfile.mkdtemp(prefix="trl-server-"))
         self._starts = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._held: socket.socket | None = None
         self.log_path: Path | None = None
 
     def __repr__(self) -> str:
@@ -111,11 +107,15 @@ class TrlServer:
         """Whether the parent process lives; its worker may be lost all the same (see `answers`)."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self, port: int | None = None) -> TrlServer:
-        """Starts the process and returns at once. Without `port`: the last one again, at first a free one."""
+    def start(self) -> TrlServer:
+        """Starts the process and returns at once, on a free port that stays the same over restarts."""
         if self._process is not None:
             raise ServerError(f"{self!r} was already started; kill() or stop() it first")
-        self.port = port or self.port or free_port()
+        if self._held is None:
+            # It listens after half a minute, and outgoing connections take their ports from the same range.
+            self._held = hold_port(HOST)
+            assert self._held is not None, "these tests run on Linux"
+        self.port = int(self._held.getsockname()[1])
         self._starts += 1
         self.log_path = self._log_dir / f"server-{self.port}-{self._starts}.log"
         # The script beside the interpreter: the environment need not be activated.

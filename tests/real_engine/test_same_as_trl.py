@@ -14,9 +14,10 @@ import requests
 from trl.generation.vllm_client import VLLMClient
 
 from trl_pool import PoolConfig, VLLMClientPool
+from trl_pool.sim.process import hold_port
 
 from .comparing import assert_same_rollouts, assert_same_scores
-from .servers import MAX_MODEL_LEN, TrlServer, free_port
+from .servers import HOST, MAX_MODEL_LEN, TrlServer
 from .tiny_model import VOCAB_SIZE
 
 TEXTS = [f"bada kofi {i} mera tulo, gisa {i * 7}" for i in range(24)]
@@ -43,7 +44,9 @@ def pool(two_servers: tuple[TrlServer, TrlServer]) -> Iterator[VLLMClientPool]:
 @pytest.fixture(scope="module")
 def gateway(two_servers: tuple[TrlServer, TrlServer]) -> Iterator[str]:
     """`python -m trl_pool.server` in front of both."""
-    port = free_port()
+    held = hold_port(HOST)
+    assert held is not None, "these tests run on Linux"
+    port = held.getsockname()[1]
     backends = ",".join(server.url for server in two_servers)
     command = [sys.executable, "-m", "trl_pool.server", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen([*command, "--backends", backends, "--log-level", "warning"])
@@ -62,6 +65,7 @@ def gateway(two_servers: tuple[TrlServer, TrlServer]) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
+        held.close()
 
 
 def both_took_part(pool: VLLMClientPool) -> bool:

@@ -53,7 +53,7 @@ class SimProcess:
         self._options = options
         # Bound here as well and never listened on, so that nobody else takes the port while the server is
         # dead. Only Linux lets two sockets do that; elsewhere the child finds a port by itself.
-        self._held = _hold(host, port) if sys.platform == "linux" else None
+        self._held = hold_port(host, port)
         self._port = self._held.getsockname()[1] if self._held else port
         self._child: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -297,7 +297,22 @@ def start_fleet(n: int, **options: Any) -> SimFleet:
     return fleet
 
 
-def _hold(host: str, port: int) -> socket.socket:
+def hold_port(host: str, port: int = 0) -> socket.socket | None:
+    """Keeps a port for a child process that will listen on it, until the socket is closed.
+
+    A port that was only found free is anybody's until the child listens: outgoing connections take theirs from the
+    same range, even the one that asks whether the child is up.
+
+    Args:
+        host (`str`): Address that the child will listen on.
+        port (`int`, *optional*, defaults to `0`): 0 for any free one; `getsockname()[1]` tells which.
+
+    Returns:
+        `socket.socket` or `None`: A bound socket that does not listen; `None` where the system lets nobody listen
+        beside it (not Linux).
+    """
+    if sys.platform != "linux":
+        return None
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     held = socket.socket(family, kind, protocol)
     try:
