@@ -157,8 +157,9 @@ def test_what_has_to_wait_waits_in_line_until_its_deadline(
 ) -> None:
     sims = fleet(1)
     pool = make_pool(sims, max_inflight_per_backend=1, total_timeout=0.7)
-    sims[0].faults("hang", endpoints=["generate"], times=1)
-    first = background(pool.generate, ["first"])
+    # Scoring that hangs keeps its lane after its caller's deadline, so nothing becomes free at the last moment.
+    sims[0].faults("hang", endpoints=["get_sequence_logprobs"], times=1)
+    first = background(pool.get_sequence_logprobs, [[1, 2, 3]], [1], top_logprobs=1)
     eventually(lambda: pool.statistics().backends[0].inflight)
     started = time.monotonic()
     with pytest.raises(RolloutTimeoutError, match="never sent"):
