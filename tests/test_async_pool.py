@@ -19,6 +19,8 @@ Fleet = Callable[[int], list[SimProcess]]
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 RENAMED = {"close": "aclose", "__enter__": "__aenter__", "__exit__": "__aexit__"}
+SYNCHRONOUS = {"model", "last_report", "deferred_update_errors"}
+"""Attributes, and what a loop over parameters in a trainer's own thread needs."""
 
 
 def pool_of(sims: list[SimProcess], **settings: Any) -> AsyncVLLMClientPool:
@@ -42,7 +44,8 @@ async def steps(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in vars(VLLMClientPool) if not name.startswith("_") or name == "__init__"]
+    "method",
+    [n for n in vars(VLLMClientPool) if (not n.startswith("_") or n == "__init__") and n not in SYNCHRONOUS],
 )
 def test_both_classes_have_the_same_methods(method: str) -> None:
     ours = inspect.signature(getattr(AsyncVLLMClientPool, RENAMED.get(method, method))).parameters
@@ -55,6 +58,18 @@ def test_both_classes_have_the_same_methods(method: str) -> None:
         assert shown(ours)[: len(theirs)] == shown(theirs)
     else:
         assert shown(ours) == shown(theirs)
+
+
+@pytest.mark.parametrize("attribute", ["model", "last_report"])
+def test_both_classes_have_the_same_attributes(fleet: Fleet, attribute: str) -> None:
+    urls = [sim.url for sim in fleet(1)]
+
+    async def read() -> Any:
+        async with AsyncVLLMClientPool(urls, connection_timeout=10) as pool:
+            return getattr(pool, attribute)
+
+    with VLLMClientPool(urls, connection_timeout=10) as pool:
+        assert getattr(pool, attribute) == asyncio.run(read())
 
 
 def test_it_gives_what_one_server_gives(fleet: Fleet) -> None:

@@ -75,6 +75,7 @@ MIRRORED: dict[str, dict[str, Any]] = {
         "chat_template_kwargs": None,
         "tools": None,
         "chat_template": None,
+        "max_concurrent_requests": 64,
     },
     "get_sequence_logprobs": {
         "sequences": REQUIRED,
@@ -87,6 +88,10 @@ MIRRORED: dict[str, dict[str, Any]] = {
     },
     "init_communicator": {"device": 0},
     "update_named_param": {"name": REQUIRED, "weights": REQUIRED},
+    "update_named_params": {"metadata": REQUIRED, "named_params": REQUIRED},
+    "weight_update": {},
+    "image_features": {"images": REQUIRED, "max_concurrent_requests": 64},
+    "get_server_info": {},
     "update_model_params": {"model": REQUIRED},
     "reset_prefix_cache": {},
     "close_communicator": {},

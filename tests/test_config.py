@@ -33,10 +33,16 @@ DEFAULTS: dict[str, Any] = {
     "max_queue": None,
     "queue_timeout": None,
     "min_backends": 1,
+    "max_staleness": 0,
     "required_model_version": None,
     "max_model_len": None,
     "vocab_size": None,
     "max_logprobs": 20,
+    "backend_api_key": None,
+    "weight_transport": "auto",
+    "update_group_host": None,
+    "weight_buffer_mb": 256,
+    "sync_retries": 2,
     "trust_env": False,
     "progress": False,
 }
@@ -66,7 +72,13 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("virtual_nodes", 149),
     ("virtual_nodes", 10_001),
     ("max_queue", -1),
+    ("max_staleness", -1),
     ("required_model_version", ""),
+    ("backend_api_key", ""),
+    ("weight_transport", "ipc"),
+    ("update_group_host", ""),
+    ("weight_buffer_mb", 0),
+    ("sync_retries", -1),
     ("max_model_len", 1),
     ("vocab_size", 0),
     ("max_logprobs", -2),
@@ -87,7 +99,8 @@ def test_the_docstring_names_every_field_with_its_default() -> None:
         if default is None:
             assert "defaults" not in said, field
         else:
-            assert f"*optional*, defaults to `{default}`" in said, field
+            shown = f'"{default}"' if isinstance(default, str) else default
+            assert f"*optional*, defaults to `{shown}`" in said, field
 
 
 @pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE)
@@ -146,12 +159,23 @@ def test_settings_cannot_be_changed_and_equal_ones_are_equal() -> None:
 
 def test_every_field_can_come_from_the_variable_of_its_name() -> None:
     changed: dict[str, Any] = {
-        field: {bool: not value, int: 151, float: 77.5, type(None): None}[type(value)]
+        field: {bool: not value, int: 151, float: 77.5, str: "gloo", type(None): None}[type(value)]
         for field, value in DEFAULTS.items()
     }
-    changed.update(max_queue=9, queue_timeout=1.5, required_model_version="step-7", max_model_len=256, vocab_size=512)
+    changed.update(
+        update_group_host="10.0.0.1",
+        backend_api_key="k",
+        max_queue=9,
+        queue_timeout=1.5,
+        required_model_version="step-7",
+        max_model_len=256,
+        vocab_size=512,
+    )
     environ = {field.upper(): str(value) for field, value in changed.items()}
-    assert PoolConfig.from_env(environ).model_dump() == changed
+    read = PoolConfig.from_env(environ)
+    assert read.backend_api_key is not None
+    assert "'k'" not in repr(read)
+    assert {**read.model_dump(), "backend_api_key": read.backend_api_key.get_secret_value()} == changed
 
 
 def test_the_process_environment_is_read_when_no_other_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

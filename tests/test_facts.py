@@ -64,9 +64,11 @@ def test_a_silent_idle_server_may_be_busy_for_somebody_else_where_work_silences_
         assert (fact.state, fact.reason, fact.usable) == (Health.SUSPECT, REASON, True)
 
 
-def test_a_silent_idle_server_is_down_where_work_does_not_silence_probes() -> None:
+def test_an_idle_server_silent_twice_is_down_where_work_does_not_silence_probes() -> None:
     fact = HealthFact(silent_means_suspect=False)
     fact.answered()
+    fact.silent(busy=False, lagged=False, reason=REASON)
+    assert (fact.state, fact.usable) == (Health.SUSPECT, True)
     fact.silent(busy=False, lagged=False, reason=REASON)
     assert (fact.state, fact.reason, fact.usable) == (Health.DOWN, REASON, False)
 

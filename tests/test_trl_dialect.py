@@ -145,7 +145,10 @@ def test_servers_are_as_the_protocol_notes_say() -> None:
     assert DIALECT.one_request_at_a_time
     assert DIALECT.silent_while_busy
     assert DIALECT.scoring_is_exclusive
-    paths = {endpoint: DIALECT.path(endpoint) for endpoint in Endpoint}
+    assert not DIALECT.survives_bad_requests
+    assert DIALECT.close_group_path == "/close_communicator/"
+    served = [endpoint for endpoint in Endpoint if endpoint is not Endpoint.RENDER]
+    paths = {endpoint: DIALECT.path(Job(endpoint, [])) for endpoint in served}
     assert paths == {
         Endpoint.GENERATE: "/generate/",
         Endpoint.CHAT: "/chat/",

@@ -15,6 +15,7 @@ from .dialects.base import Dialect
 from .errors import AttemptError, Outcome, UnknownBackendError
 from .exchange import Answer, Exchange
 from .facts import Health, HealthFact, SyncFact
+from .identity import Identity
 
 SIMULATED = "trl-pool-sim"
 """What simulated servers call themselves in the `server` header."""
@@ -42,6 +43,8 @@ class Lease:
     permit: Permit
     started: float
     owner: object = None
+    shares_slot: bool = False
+    weight_version: int | None = None
     # While its request is out:
     scope: asyncio.Timeout | None = None
     patience: float = 0.0
@@ -97,7 +100,7 @@ class Backend:
 
     Args:
         address ([`BackendAddress`]): Where it is.
-        dialect ([`Dialect`]): What it speaks.
+        dialect ([`Dialect`]): What it is taken to speak until it was asked.
         config ([`PoolConfig`]): Limits and thresholds.
         exchange ([`Exchange`]): HTTP to it.
         clock (`Callable[[], float]`): Monotonic seconds.
@@ -133,6 +136,9 @@ class Backend:
         self.draining = False
         self.simulated = False
         self.incarnation = 0
+        self.identity: Identity | None = None
+        self.refusal: str | None = None  # why it cannot share work with the others
+        self._identified = -1  # the incarnation that said who it is
         self._busy_until = 0.0
         self._busy_streak = 0
         self._leases: set[Lease] = set()
@@ -149,12 +155,30 @@ class Backend:
             f"weights v{self.sync.held}, {self.inflight}/{self._config.max_inflight_per_backend} in flight>"
         )
 
+    # Who it is
+
+    @property
+    def recognised(self) -> bool:
+        """Whether its present process was asked who it is."""
+        return self._identified == self.incarnation
+
+    def recognise(self, identity: Identity, dialect: Dialect) -> None:
+        """Takes down what its process says about itself."""
+        self.identity, self.dialect, self._identified = identity, dialect, self.incarnation
+        self.health.silent_means_suspect = dialect.silent_while_busy
+
     # What it is doing
 
     @property
     def inflight(self) -> int:
         """Requests out."""
         return len(self._leases)
+
+    @property
+    def slots_taken(self) -> int:
+        """Slots in use: requests out, of which those that share one with the rest of their call count once."""
+        sharing = {id(lease.owner) for lease in self._leases if lease.shares_slot}
+        return sum(not lease.shares_slot for lease in self._leases) + len(sharing)
 
     @property
     def load(self) -> int:
@@ -187,9 +211,11 @@ class Backend:
         """Why it may take no request at all, breaker aside; `None` if it may."""
         if self.draining:
             return "is draining"
+        if self.refusal is not None:
+            return self.refusal
         if self.stuck:
             return f"is stuck: {self.stuck} has not returned"
-        stale = self.sync.why_stale(self._required_weights())
+        stale = self.why_stale()
         if stale is not None:
             return stale
         wanted = self._config.required_model_version
@@ -199,13 +225,23 @@ class Backend:
             return f"is down ({self.health.reason})" if self.health.reason else "is down"
         return None
 
+    def why_stale(self) -> str | None:
+        """Why its weights forbid it to serve; `None` if they do not."""
+        return self.sync.why_stale(self._required_weights(), self._config.max_staleness)
+
     def only_stale(self) -> bool:
         """Whether waiting cannot help, because only a weight update can."""
-        return self.sync.why_stale(self._required_weights()) is not None
+        return self.refusal is not None or (self.why_stale() is not None and self.sync.believed is None)
 
-    def why_blocked(self, lane: Lane) -> str | None:
-        """Why it has to be waited for just now; `None` if a request may go out."""
-        if self.inflight >= self._config.max_inflight_per_backend:
+    def why_blocked(self, lane: Lane, sharer: object = None) -> str | None:
+        """Why it has to be waited for just now; `None` if a request may go out.
+
+        Args:
+            lane ([`Lane`]): Of the request.
+            sharer (`object`, *optional*): The call whose slot it may share.
+        """
+        has_slot = sharer is not None and any(b.shares_slot and b.owner is sharer for b in self._leases)
+        if not has_slot and self.slots_taken >= self._config.max_inflight_per_backend:
             return f"has all {self._config.max_inflight_per_backend} slots taken"
         wait = self.seconds_busy()
         if wait > 0:
@@ -221,9 +257,12 @@ class Backend:
 
     # Leases
 
-    def take(self, lane: Lane, weight: int, *, owner: object = None, force: bool = False) -> Lease:
+    def take(
+        self, lane: Lane, weight: int, *, owner: object = None, shares_slot: bool = False, force: bool = False
+    ) -> Lease:
         """Takes a slot and the breaker's permit. Synchronous: what was checked before still holds."""
-        lease = Lease(self, lane, weight, self.breaker.acquire(force=force), self._clock(), owner)
+        lease = Lease(self, lane, weight, self.breaker.acquire(force=force), self._clock(), owner, shares_slot)
+        lease.weight_version = self.sync.held
         self._leases.add(lease)
         return lease
 
@@ -275,10 +314,13 @@ class Backend:
 
     def may_have_restarted(self, reason: str) -> None:
         """Whoever answers next may be a new process: it has no communicator, and after the first update the wrong
-        weights, and a `trl` server cannot say so."""
+        weights. A `trl` server cannot say so; others are asked with the next probe."""
         self.incarnation += 1
         if self._required_weights() > 0 and self.sync.held is not None:
-            self.sync.lost(reason)
+            if self.identity is not None and self.identity.keeps_version:
+                self.sync.doubted(reason)
+            else:
+                self.sync.lost(reason)
 
     # Traffic
 
@@ -334,12 +376,18 @@ class Backend:
                 if lease is not answered and lease.scope is not None and lease.broken_off is None:
                     lease.scope.reschedule(min(now + lease.patience, lease.until))
 
-    async def control(self, path: str, body: bytes | None) -> Answer:
+    async def control(self, path: str, body: bytes | None, *, timeout: float | None = None) -> Answer:
         """Sends a control call, exactly once. One that does not return in time leaves the backend stuck until it
-        does (or until the connection breaks)."""
+        does (or until the connection breaks).
+
+        Args:
+            path (`str`): Where to.
+            body (`bytes` or `None`): What.
+            timeout (`float`, *optional*): Seconds, `control_timeout` by default.
+        """
         if self._removed:
             raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
-        limit = self._config.control_timeout
+        limit = self._config.control_timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(limit):
                 return await self._outlive(self.exchange.once("POST", path, body, timeout=None), path)

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
@@ -19,10 +19,13 @@ import requests
 from anyio.from_thread import BlockingPortal
 
 from .config import PoolConfig
+from .errors import PoolError, WeightSyncError
 from .fleet import CLOSE_SECONDS, DEFAULT_HOST, DEFAULT_PORT, USER_AGENT, PoolStatistics, describe
 from .lifetime import Lifetime
-from .pool import DEFAULT_GROUP_PORT, AsyncVLLMClientPool, caller
-from .weights.transport import WeightTransport
+from .pool import DEFAULT_GROUP_PORT, AsyncVLLMClientPool
+from .rollout import RolloutReport
+from .training import UpdateFeed, caller, described, tries
+from .weights.transport import JointTransport, WeightTransport
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ T = TypeVar("T")
 
 
 class VLLMClientPool:
-    """Many `trl vllm-serve` servers in the place of TRL's `VLLMClient`.
+    """Many vLLM servers in the place of TRL's `VLLMClient`, of either generation.
 
     Every method forwards to an [`AsyncVLLMClientPool`] on an event loop in a thread of its own, where arguments,
     results and errors are described.
@@ -51,8 +54,9 @@ class VLLMClientPool:
             Used instead of sockets, `httpx.MockTransport` for example: a training script can be tested without any
             server.
         session_id (`str`, *optional*): Default of the calls' `session_id`.
-        weight_transport ([`WeightTransport`], *optional*):
-            Moves tensors to the servers. Without one only simulated servers and mocked transports can be "updated".
+        api_key (`str`, *optional*): The servers' `--api-key`; `config.backend_api_key` otherwise.
+        weight_transport ([`WeightTransport`] or [`JointTransport`], *optional*):
+            Moves tensors to the servers, instead of NCCL or gloo.
 
     Raises:
         `requests.ConnectionError`: when fewer than `config.min_backends` servers are up in time.
@@ -78,8 +82,11 @@ class VLLMClientPool:
         config: PoolConfig | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         session_id: str | None = None,
-        weight_transport: WeightTransport | None = None,
+        api_key: str | None = None,
+        weight_transport: WeightTransport | JointTransport | None = None,
     ) -> None:
+        self._deferring = False
+        self._deferred: WeightSyncError | None = None
         self._lifetime = Lifetime(type(self).__name__)
         self._portal, self._thread = _start_loop()
         try:
@@ -92,6 +99,7 @@ class VLLMClientPool:
                     config=config,
                     transport=transport,
                     session_id=session_id,
+                    api_key=api_key,
                     weight_transport=weight_transport,
                 )
             )
@@ -146,7 +154,7 @@ class VLLMClientPool:
         if self._lifetime.over:
             return
         self._lifetime.close()
-        post_all([f"{url}/close_communicator/" for url in self._pool.communicators()], seconds=CLOSE_SECONDS)
+        post_all(self._pool.closing_urls(), seconds=CLOSE_SECONDS)
 
     def _call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
         """Runs a coroutine function on the loop; an interrupt (Ctrl-C) cancels it there and returns at once."""
@@ -183,6 +191,7 @@ class VLLMClientPool:
         structured_outputs_regex: str | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         *,
+        features: Sequence[Mapping[str, Any] | None] | None = None,
         session_id: str | None = None,
         progress: bool | None = None,
     ) -> dict[str, Any]:
@@ -201,6 +210,7 @@ class VLLMClientPool:
             logprobs,
             structured_outputs_regex,
             generation_kwargs,
+            features=features,
             session_id=session_id,
             progress=progress,
         )
@@ -221,6 +231,7 @@ class VLLMClientPool:
         chat_template_kwargs: dict[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
         chat_template: str | None = None,
+        max_concurrent_requests: int = 64,
         *,
         session_id: str | None = None,
         progress: bool | None = None,
@@ -242,6 +253,7 @@ class VLLMClientPool:
             chat_template_kwargs,
             tools,
             chat_template,
+            max_concurrent_requests,
             session_id=session_id,
             progress=progress,
         )
@@ -271,25 +283,144 @@ class VLLMClientPool:
             progress=progress,
         )
 
+    def image_features(
+        self, images: Sequence[Sequence[Any] | None], max_concurrent_requests: int = 64
+    ) -> list[dict[str, Any] | None]:
+        """See [`AsyncVLLMClientPool.image_features`]."""
+        return self._call(self._pool.image_features, images, max_concurrent_requests)
+
+    def get_server_info(self) -> dict[str, Any]:
+        """See [`AsyncVLLMClientPool.get_server_info`]."""
+        return self._call(self._pool.get_server_info)
+
+    @property
+    def model(self) -> str | None:
+        """What the servers call the model; `None` of `trl vllm-serve`, which does not say."""
+        self._lifetime.check()
+        return self._portal.call(lambda: self._pool.model)
+
+    @property
+    def last_report(self) -> RolloutReport | None:
+        """Where the last call's answers come from: per prompt the backend, its weights, and what failed before."""
+        return self._pool.last_report
+
     def get_world_size(self) -> int:
         """See [`AsyncVLLMClientPool.get_world_size`]."""
         return self._call(self._pool.get_world_size)
 
     def reset_prefix_cache(self) -> None:
-        """See [`AsyncVLLMClientPool.reset_prefix_cache`]."""
+        """See [`AsyncVLLMClientPool.reset_prefix_cache`]. Raises what `deferred_update_errors` has kept."""
+        kept, self._deferred = self._deferred, None
+        if kept is not None:
+            raise kept
         self._call(self._pool.reset_prefix_cache)
 
     def init_communicator(self, device: Any = 0) -> None:
         """See [`AsyncVLLMClientPool.init_communicator`]."""
         self._call(self._pool.init_communicator, device)
 
+    # Weight updates: the parameters are read here, on the caller's thread; the rest is forwarded
+
     def update_named_param(self, name: str, weights: Any) -> None:
         """See [`AsyncVLLMClientPool.update_named_param`]."""
-        self._call(self._pool.update_named_param, name, weights)
+        if self._deferred is None:
+            with self._update_errors():
+                self._call(self._pool.update_named_param, name, weights)
+
+    def update_named_params(
+        self, metadata: Sequence[tuple[str, str, Sequence[int]]], named_params: Iterable[tuple[str, Any]]
+    ) -> None:
+        """See [`AsyncVLLMClientPool.update_named_params`]."""
+        feed: UpdateFeed | None = None
+        failure: Exception | None = self._deferred
+        if failure is None:
+            try:
+                feed = self._call(self._pool.open_feed, metadata)
+            except PoolError as error:
+                failure = error
+        try:
+            for name, tensor in named_params:
+                if failure is None and feed is not None:
+                    try:
+                        self._feed(feed, name, tensor)
+                    except (PoolError, ValueError) as error:
+                        failure = error
+        except BaseException as error:
+            if feed is not None:
+                self._call(feed.abort, f"{type(error).__name__} in the middle of it")
+            raise
+        if failure is self._deferred is not None:
+            return
+        with self._update_errors():
+            if failure is None and feed is not None:
+                self._call(feed.close)
+                return
+            if feed is not None:
+                self._call(feed.abort, str(failure))
+            if failure is not None:
+                raise failure
+
+    def _feed(self, feed: UpdateFeed, name: str, tensor: Any) -> None:
+        if feed.stream is not None:
+            feed.stream.put(name, tensor)
+        else:
+            self._call(feed.put, name, tensor)
 
     def update_model_params(self, model: Any) -> None:
         """See [`AsyncVLLMClientPool.update_model_params`]."""
-        self._call(self._pool.update_model_params, model)
+        if not self._call(self._one_group):
+            for name, parameter in model.named_parameters():
+                self.update_named_param(name, parameter.data)
+            return
+        metadata = described(model)
+        for left in tries(self._pool.config.sync_retries):
+            try:
+                self.update_named_params(metadata, ((n, p.data) for n, p in model.named_parameters()))
+                return
+            except WeightSyncError as error:
+                if not left:
+                    raise
+                logger.warning("%s; trying again, %d tries left", error, left)
+
+    async def _one_group(self) -> bool:
+        return self._pool.one_group
+
+    @contextlib.contextmanager
+    def weight_update(self) -> Iterator[None]:
+        """See [`AsyncVLLMClientPool.weight_update`]."""
+        self._call(self._pool.enter_update)
+        try:
+            yield
+        except BaseException as error:
+            self._call(self._pool.leave_update, error)
+            raise
+        self._call(self._pool.leave_update, None)
+
+    @contextlib.contextmanager
+    def deferred_update_errors(self) -> Iterator[None]:
+        """Lets `update_named_param(s)` fail quietly inside it, so that a trainer's walk over its parameters, which may
+        be collectives over all ranks, comes to its end.
+
+        The first [`WeightSyncError`] is kept, further tensors are dropped, and `reset_prefix_cache()`, or else the end
+        of the block, raises it.
+        """
+        self._deferring, self._deferred = True, None
+        try:
+            yield
+        finally:
+            self._deferring = False
+        kept, self._deferred = self._deferred, None
+        if kept is not None:
+            raise kept
+
+    @contextlib.contextmanager
+    def _update_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except WeightSyncError as error:
+            if not self._deferring:
+                raise
+            self._deferred = error
 
     def close_communicator(self) -> None:
         """See [`AsyncVLLMClientPool.close_communicator`]."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from .errors import ConfigurationError
 
@@ -72,9 +72,11 @@ class PoolConfig(BaseModel):
         min_backends (`int`, *optional*, defaults to `1`):
             Servers that must be up for `check_server` to succeed when its time is over, and that a weight update
             must reach.
+        max_staleness (`int`, *optional*, defaults to `0`):
+            How many weight versions a backend may be behind and still serve. Only for trainers that expect it.
         required_model_version (`str`, *optional*):
-            Serve only from backends whose health answer carries this `model_version`, until the pool's own first
-            weight update.
+            Serve only from backends whose health answer carries this `model_version`, or whose `/weight_info` says so,
+            until the pool's own first weight update.
         max_model_len (`int`, *optional*):
             The servers' `--max_model_len`. Token-id prompts that leave no room for one more token within it are
             refused before they are sent: they hang a `trl vllm-serve` for good, and it tells its limit to nobody.
@@ -83,6 +85,20 @@ class PoolConfig(BaseModel):
         max_logprobs (`int`, *optional*, defaults to `20`):
             Most logprobs per token that the servers return (vLLM's `--max-logprobs`; `trl vllm-serve` has no option
             for it, so it is vLLM's default). `-1` switches the check off.
+        backend_api_key (`SecretStr`, *optional*):
+            Sent to the backends as `Authorization: Bearer`.
+        weight_transport (`str`, *optional*, defaults to `"auto"`):
+            What carries weights to the servers: `"nccl"`, `"gloo"`, or `"auto"`, which takes what a `vllm serve` was
+            started with, and for `trl vllm-serve` what the trainer's device allows.
+        update_group_host (`str`, *optional*):
+            Address under which `vllm serve` reaches the trainer for weights; by default the one from which each
+            server is reached.
+        weight_buffer_mb (`int`, *optional*, defaults to `256`):
+            Size in MiB of a buffer that tensors are packed into on their way to `vllm serve`. At most three exist at a
+            time; a larger tensor makes a larger one.
+        sync_retries (`int`, *optional*, defaults to `2`):
+            How often a weight update that can be repeated (`update_model_params`) is repeated over the servers that
+            are left.
         trust_env (`bool`, *optional*, defaults to `False`):
             Whether `HTTP_PROXY` and the like are obeyed. Off, because a proxy between a trainer and its servers
             answers 503 for ever.
@@ -117,10 +133,16 @@ class PoolConfig(BaseModel):
     max_queue: int | None = Field(None, ge=0)
     queue_timeout: float | None = Field(None, ge=0, allow_inf_nan=False)
     min_backends: int = Field(1, ge=1)
+    max_staleness: int = Field(0, ge=0)
     required_model_version: str | None = Field(None, min_length=1)
     max_model_len: int | None = Field(None, ge=2)
     vocab_size: int | None = Field(None, ge=1)
     max_logprobs: int = Field(20, ge=-1)
+    backend_api_key: SecretStr | None = Field(None, min_length=1)
+    weight_transport: Literal["auto", "nccl", "gloo"] = "auto"
+    update_group_host: str | None = Field(None, min_length=1)
+    weight_buffer_mb: int = Field(256, ge=1)
+    sync_retries: int = Field(2, ge=0)
     trust_env: bool = False
     progress: bool = False
 

@@ -33,6 +33,9 @@ class Want:
         tried (`Container[str]`, *optional*): Backends it failed on; they come last.
         owner (`object`, *optional*): The call it belongs to.
         per_backend (`int`, *optional*): Requests that its call may have on a backend at once.
+        shares_slot (`bool`, *optional*, defaults to `False`):
+            Whether its call's requests on a backend take one slot together. A protocol that takes one conversation a
+            request would otherwise keep a server at as many sequences as it has slots.
     """
 
     lane: Lane
@@ -42,6 +45,7 @@ class Want:
     tried: Container[str] = ()
     owner: object = None
     per_backend: int | None = None
+    shares_slot: bool = False
 
 
 @dataclass(eq=False)
@@ -151,7 +155,8 @@ class Dispatcher:
         later: dict[str, Backend] = {}
         for backend in pool:
             crowded = want.per_backend is not None and backend.leased_to(want.owner) >= want.per_backend
-            waits = crowded or backend.why_blocked(want.lane) is not None
+            sharer = want.owner if want.shares_slot else None
+            waits = crowded or backend.why_blocked(want.lane, sharer) is not None
             (later if waits else ready)[backend.name] = backend
         return Candidates(ready, later, forced)
 
@@ -186,7 +191,9 @@ class Dispatcher:
             else:
                 order = balancer.least_loaded(loads, self._rng)
             name = order[0]
-        return found.ready[name].take(want.lane, want.weight, owner=want.owner, force=found.forced)
+        return found.ready[name].take(
+            want.lane, want.weight, owner=want.owner, shares_slot=want.shares_slot, force=found.forced
+        )
 
     def split(self, want: Want, keys: Sequence[str]) -> list[tuple[Lease, list[int]]] | None:
         """Plans a batch over everybody who is ready and takes a lease for each share; `None` when all is taken.
@@ -226,7 +233,9 @@ class Dispatcher:
         for name, indices in shards.items():
             lease = held.pop(name, None)
             if lease is None:
-                lease = found.ready[name].take(want.lane, 0, owner=want.owner, force=found.forced)
+                lease = found.ready[name].take(
+                    want.lane, 0, owner=want.owner, shares_slot=want.shares_slot, force=found.forced
+                )
             lease.weight = want.weight * len(indices)
             taken.append((lease, indices))
         for lease in held.values():  # it waited, and others turned out to be emptier

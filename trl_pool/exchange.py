@@ -89,7 +89,7 @@ class Exchange:
 
     Args:
         address ([`BackendAddress`]): Where it is.
-        config ([`PoolConfig`]): For `connect_timeout` and `trust_env`.
+        config ([`PoolConfig`]): For `connect_timeout`, `trust_env` and the API key.
         transport (`httpx.AsyncBaseTransport`, *optional*): Instead of sockets.
         user_agent (`str`): Sent with every request.
         clock (`Callable[[], float]`, *optional*): Monotonic seconds.
@@ -112,13 +112,16 @@ class Exchange:
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        headers = {"user-agent": user_agent, "accept": "application/json"}
+        if config.backend_api_key is not None:
+            headers["authorization"] = f"Bearer {config.backend_api_key.get_secret_value()}"
         common: dict[str, Any] = {
             # Reading the system's certificates takes long; they are read once, and only for https.
             "verify": _certificates() if address.scheme == "https" else False,
             "transport": transport,
             "trust_env": config.trust_env,
             "timeout": httpx.Timeout(None, connect=config.connect_timeout),
-            "headers": {"user-agent": user_agent, "accept": "application/json"},
+            "headers": headers,
             "follow_redirects": False,
         }
         self._client = httpx.AsyncClient(

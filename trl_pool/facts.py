@@ -24,7 +24,8 @@ class HealthFact:
 
     Args:
         silent_means_suspect (`bool`): Whether an idle server that does not answer may merely be busy with somebody
-            else's work (a `trl` server answers nothing while it generates). Otherwise silence means down.
+            else's work (a `trl` server answers nothing while it generates). Otherwise silence twice in a row means
+            down.
     """
 
     silent_means_suspect: bool
@@ -81,7 +82,8 @@ class HealthFact:
         self.reason = reason
         if self.state is Health.UNKNOWN:
             return  # it has never answered: not up yet
-        self.state = Health.SUSPECT if self.silent_means_suspect else Health.DOWN
+        again = self.state is Health.SUSPECT
+        self.state = Health.DOWN if again and not self.silent_means_suspect else Health.SUSPECT
 
 
 @dataclass
@@ -92,22 +94,37 @@ class SyncFact:
         held (`int` or `None`, *optional*, defaults to `0`):
             Weight version in the pool's count; `None` when unknown or mixed. Version 0 is what the servers loaded.
         reason (`str`, *optional*): Why it is unknown.
+        believed (`int` or `None`, *optional*): What it held before its process may have been replaced.
+        conflict (`str`, *optional*): Why it may not even serve with the weights it was started with: servers report
+            different versions of them.
+        half (`bool`, *optional*): Whether an update was begun on it and not ended, so that it has to be healed.
     """
 
     held: int | None = 0
     reason: str = ""
+    believed: int | None = None
+    conflict: str = ""
+    half: bool = False
 
     def lost(self, reason: str) -> None:
         """The backend's weights are not known any more."""
-        self.held, self.reason = None, reason
+        self.held, self.reason, self.believed = None, reason, None
+
+    def doubted(self, reason: str) -> None:
+        """Its process may be a new one. A server that keeps its weights' version can clear the doubt."""
+        if self.held is not None:
+            self.held, self.reason, self.believed = None, reason, self.held
 
     def reached(self, version: int) -> None:
-        """A whole update has reached the backend."""
-        self.held, self.reason = version, ""
+        """A whole update has reached the backend, or it has proved that one had."""
+        self.held, self.reason, self.believed = version, "", None
 
-    def why_stale(self, required: int) -> str | None:
-        """Why the backend may not serve, or `None` when it holds the required version."""
-        if self.held == required:
+    def why_stale(self, required: int, staleness: int = 0) -> str | None:
+        """Why the backend may not serve, or `None` when it holds the required version, or one of the `staleness`
+        versions before it."""
+        if required == 0 and self.conflict:
+            return self.conflict
+        if self.held is not None and required - staleness <= self.held <= required:
             return None
         if self.held is None:
             return f"out of sync ({self.reason}), needs weights v{required}"

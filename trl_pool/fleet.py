@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import httpx
+import msgspec
 
 from ._version import __version__
 from .addresses import BackendAddress, parse_backends
@@ -20,11 +21,19 @@ from .backend import Backend, BackendStatistics, find
 from .config import PoolConfig, shown
 from .dialects.base import Dialect
 from .dialects.trl import TrlDialect
+from .dialects.vllm import VllmDialect
 from .dispatch import Dispatcher
-from .errors import BackendsUnreachableError, ConfigurationError, DuplicateBackendError
+from .errors import (
+    AttemptError,
+    BackendMismatchError,
+    BackendsUnreachableError,
+    ConfigurationError,
+    DuplicateBackendError,
+)
 from .exchange import Exchange
 from .facts import Health
 from .health import HealthMonitor
+from .identity import Identity
 from .lifetime import Lifetime, guarded
 from .weights.coordinator import WeightCoordinator
 
@@ -104,12 +113,17 @@ class Fleet:
         self._transport = transport
         self._control_only = control_only
         self._clock = clock
-        self._dialect: Dialect = TrlDialect()
+        self._dialects: dict[str, Dialect] = {"trl": TrlDialect(), "vllm": VllmDialect()}
         rng = rng or random.Random()
         self._dispatcher = Dispatcher(config, clock=clock, rng=rng)
         self._weights = WeightCoordinator(self._dispatcher, config, clock=clock, all_or_nothing=control_only)
         self._monitor = HealthMonitor(
-            lambda: self._dispatcher.backends.values(), config, rng=rng, changed=self._dispatcher.changed
+            lambda: self._dispatcher.backends.values(),
+            config,
+            rng=rng,
+            changed=self._probed,
+            recognised=self._recognised,
+            version_of=self._weights.version_of,
         )
         for address in addresses:
             self._dispatcher.add(self._backend(address))
@@ -117,7 +131,7 @@ class Fleet:
     def _backend(self, address: BackendAddress) -> Backend:
         return Backend(
             address,
-            dialect=self._dialect,
+            dialect=self.dialect,
             config=self.config,
             exchange=Exchange(
                 address, self.config, transport=self._transport, user_agent=USER_AGENT, clock=self._clock
@@ -127,6 +141,61 @@ class Fleet:
             changed=self._dispatcher.changed,
             doubted=self._monitor.probe_soon,
         )
+
+    def _recognised(self, backend: Backend, identity: Identity) -> None:
+        """Compares a server that has said who it is with those that have before it."""
+        others = [
+            b
+            for b in self._dispatcher.backends.values()
+            if b is not backend and b.identity is not None and b.refusal is None
+        ]
+        backend.recognise(identity, self._dialects.get(identity.dialect, backend.dialect))
+        if identity.dialect not in self._dialects:
+            backend.refusal = f"is a {identity.dialect}, not a server"
+            return
+        differences = [] if not others or others[0].identity is None else identity.differences(others[0].identity)
+        backend.refusal = "; ".join(differences) or None
+        if backend.refusal is not None:
+            logger.error("%s cannot share work with %s: it %s", backend.url, others[0].url, backend.refusal)
+
+    def _probed(self) -> None:
+        self._compare_start_weights()
+        self._dispatcher.changed()
+
+    def _compare_start_weights(self) -> None:
+        """Version 0 is what the servers were started with. If they report different versions of that, one of them
+        holds something else, and nobody serves before the first update."""
+        told = {b.health.model_version for b in self._dispatcher.backends.values() if b.health.model_version}
+        kept = all(b.identity is None or b.identity.keeps_version for b in self._dispatcher.backends.values())
+        for backend in self._dispatcher.backends.values():
+            conflict = len(told) > 1 and kept and self.config.required_model_version is None
+            backend.sync.conflict = (
+                f"reports weights {backend.health.model_version!r}, and the servers differ in that "
+                f"({', '.join(sorted(told))}); none serves before the first weight update"
+                if conflict
+                else ""
+            )
+
+    async def _learn_from_gateways(self) -> bool:
+        """Puts the backends behind gateways in the place of the gateways. Returns whether there were any."""
+        gateways = [
+            b for b in self._dispatcher.backends.values() if b.identity is not None and b.identity.dialect == "gateway"
+        ]
+        for gateway in gateways:
+            try:
+                answer = await gateway.exchange.once("GET", "/pool/backends", timeout=self.config.connect_timeout)
+                told = msgspec.json.decode(answer.body)["backends"]
+                addresses = parse_backends([entry["url"] for entry in told])
+            except (AttemptError, ConfigurationError, ValueError, KeyError, TypeError) as error:
+                raise BackendsUnreachableError(
+                    {gateway.url: f"is a gateway and did not tell its backends: {error}"}
+                ) from error
+            logger.info("%s is a gateway to %s", gateway.url, ", ".join(address.url for address in addresses))
+            await self._leave(gateway)
+            for address in addresses:
+                if address.name not in self._dispatcher.backends:
+                    self._dispatcher.add(self._backend(address))
+        return bool(gateways)
 
     # Life
 
@@ -150,7 +219,7 @@ class Fleet:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self.lifetime.unused()
                 if self._weights.group and not self._control_only:
-                    await self._weights.close_groups()
+                    await self.close_groups()
         except TimeoutError:
             logger.warning("Closing communicators took longer than %g s; left behind", CLOSE_SECONDS)
         finally:
@@ -159,6 +228,9 @@ class Fleet:
             await self._monitor.aclose()
             for backend in self._dispatcher.backends.values():
                 await backend.aclose()
+
+    async def close_groups(self) -> None:
+        """Leaves weight update groups; a fleet without weights has none."""
 
     def __repr__(self) -> str:
         return describe(type(self).__name__, self.statistics())
@@ -189,8 +261,10 @@ class Fleet:
             down = [b for b in self._dispatcher.backends.values() if not b.health.usable]
             # Without any time to wait there is one full probe.
             await self._monitor.probe_once(down, timeout=left if total_timeout > 0 else None)
-            missing = [b for b in down if not b.health.usable]
             left = deadline - self._clock()
+            if await self._learn_from_gateways():
+                continue
+            missing = [b for b in down if not b.health.usable]
             if not missing or left <= 0:
                 break
             pause = min(retry_interval, left)
@@ -200,6 +274,9 @@ class Fleet:
             left = deadline - self._clock()
             if left <= 0:
                 break
+        refused = {b.url: b.refusal for b in self._dispatcher.backends.values() if b.refusal is not None}
+        if refused:
+            raise BackendMismatchError("These servers cannot share work with the others", refused)
         up = len(self._dispatcher.backends) - len(missing)
         reasons = {b.url: b.why_ineligible() or b.health.reason for b in missing}
         if up < self.config.min_backends:
@@ -207,8 +284,8 @@ class Fleet:
                 reasons,
                 headline=(
                     f"{up} of {len(self._dispatcher.backends)} vLLM servers reached after {total_timeout:g} s, "
-                    f"min_backends={self.config.min_backends}; make sure that they run (`trl vllm-serve`) and that "
-                    "the addresses are right"
+                    f"min_backends={self.config.min_backends}; make sure that they run (`vllm serve`, or "
+                    "`trl vllm-serve` of TRL 1.10 and before) and that the addresses are right"
                 ),
             )
         for url, reason in reasons.items():
@@ -226,6 +303,7 @@ class Fleet:
 
         Raises:
             [`ConfigurationError`]: for a malformed address, or one that is there already.
+            [`BackendMismatchError`]: for a server of another dialect, model, length, logprobs mode or dtype.
         """
         address = BackendAddress.parse(url)
         if address.name in self._dispatcher.backends:
@@ -235,6 +313,10 @@ class Fleet:
             backend.sync.lost("it joined after the last update")
         self._dispatcher.add(backend)
         await self._monitor.probe_once([backend])
+        if backend.refusal is not None:
+            refusal = backend.refusal
+            await self._leave(backend)
+            raise BackendMismatchError("The server cannot share work with the others", {backend.url: refusal})
         logger.info("Added %r", backend)
         return backend.name
 
@@ -295,11 +377,14 @@ class Fleet:
                 await self.drain_backend(name, timeout=timeout)
             except TimeoutError:
                 logger.warning("%s did not drain in time; breaking off %d requests", backend.url, backend.inflight)
+        await self._leave(backend)
+        logger.info("Removed %s", backend.url)
+
+    async def _leave(self, backend: Backend) -> None:
         self._dispatcher.remove(backend)
         self._monitor.forget(backend)
         self._weights.forget(backend)
         await backend.aclose()
-        logger.info("Removed %s", backend.url)
 
     def statistics(self) -> PoolStatistics:
         """The pool at this moment."""
@@ -318,10 +403,14 @@ class Fleet:
             return self.config
         return self.config.model_copy(update={"max_model_len": min(lengths)})
 
-    def communicators(self) -> list[str]:
-        """URLs of the servers that have a communicator open and are not known to be down."""
+    def closing_urls(self) -> list[str]:
+        """Where to post at exit, so that servers that are up leave their update groups."""
         members = [self._dispatcher.backends.get(name) for name in self._weights.group]
-        return [b.url for b in members if b is not None and b.health.state is not Health.DOWN]
+        return [
+            b.url + b.dialect.close_group_path
+            for b in members
+            if b is not None and b.health.state is not Health.DOWN and b.dialect.close_group_path is not None
+        ]
 
     @property
     def weights(self) -> WeightCoordinator:
@@ -330,8 +419,17 @@ class Fleet:
 
     @property
     def dialect(self) -> Dialect:
-        """The fleet's protocol."""
-        return self._dialect
+        """The fleet's protocol: that of the first server that has said who it is; `trl` until then."""
+        return next(
+            (b.dialect for b in self._dispatcher.backends.values() if b.identity is not None and b.refusal is None),
+            self._dialects["trl"],
+        )
+
+    @property
+    def model(self) -> str | None:
+        """What the servers call the model; `None` if they do not say (`trl vllm-serve` does not)."""
+        identities = (b.identity for b in self._dispatcher.backends.values() if b.refusal is None)
+        return next((i.model for i in identities if i is not None and i.model is not None), None)
 
 
 async def resolve(host: str) -> str:

@@ -14,9 +14,17 @@ import msgspec
 from .backend import SIMULATED, Backend
 from .config import PoolConfig
 from .errors import AttemptError, Outcome
+from .exchange import Answer
 from .facts import Health
+from .identity import Identity, identify, weight_version
 
 logger = logging.getLogger(__name__)
+
+_UNKNOWN_PATH = "/health/"
+"""Where a server is probed before it was asked who it is."""
+
+_IDENTIFY_SECONDS = 30.0
+"""Longest wait for an answer to "who are you": the first one makes a `vllm serve` look around its machine."""
 
 _TICK_SECONDS = 0.05
 
@@ -64,6 +72,8 @@ class HealthMonitor:
         config ([`PoolConfig`]): Interval and time-out.
         rng (`random.Random`): For the jitter between rounds.
         changed (`Callable[[], None]`): Called after every round.
+        recognised (`Callable[[Backend, Identity], None]`): Called when a server has said who it is.
+        version_of (`Callable[[int], str]`): How a weight version reads that the pool has given out.
     """
 
     def __init__(
@@ -73,8 +83,11 @@ class HealthMonitor:
         *,
         rng: random.Random,
         changed: Callable[[], None],
+        recognised: Callable[[Backend, Identity], None],
+        version_of: Callable[[int], str],
     ) -> None:
         self._backends, self._config, self._rng, self._changed = backends, config, rng, changed
+        self._recognised, self._version_of = recognised, version_of
         self._loop_task: asyncio.Task[None] | None = None
         self._urgent: dict[str, asyncio.Task[None]] = {}
         self._sentinels: dict[str, asyncio.Task[None]] = {}
@@ -149,8 +162,15 @@ class HealthMonitor:
         before = backend.health.state
         # Work that ends while the probe is under way explains its silence as well as work that is still out.
         busy = backend.working
+        path = backend.dialect.health_path if backend.recognised else _UNKNOWN_PATH
         try:
-            answer = await backend.exchange.once("GET", backend.dialect.health_path, timeout=timeout)
+            answer = await backend.exchange.once("GET", path, timeout=timeout)
+            if backend.recognised:
+                known = answer.status == 200
+            else:
+                known = await self._ask_who(backend, answer, timeout)
+            if known:
+                await self._ask_weights(backend, timeout)
         except AttemptError as error:
             if error.refused:
                 backend.gone(error.detail)
@@ -160,17 +180,16 @@ class HealthMonitor:
                     lagged=lag.worst > timeout / 4,
                     reason=f"health probe not answered within {timeout:g} s",
                 )
+            elif error.status is not None:
+                backend.health.wrong(error.detail)
             else:
                 backend.health.unreachable(error.detail)
                 if backend.health.unreached >= _VANISHED_PROBES:
                     # No process left to close our connections: without this they would wait for request_timeout.
                     backend.break_off(Outcome.LOST, f"its host has vanished ({error.detail})")
         else:
-            if answer.status == 200:
-                backend.simulated = answer.headers.get("server") == SIMULATED
-                if backend.health.answered(*_told(answer.body)):
-                    backend.breaker.server_restarted()
-                self._watch(backend)
+            if known:
+                self._up(backend, answer)
             else:
                 backend.health.wrong(f"health probe answered {answer.status}")
         if backend.health.state is Health.DOWN and before is not Health.DOWN:
@@ -178,6 +197,43 @@ class HealthMonitor:
         if backend.health.state is not before:
             level = logging.WARNING if backend.health.state in (Health.DOWN, Health.SUSPECT) else logging.INFO
             logger.log(level, "%s is %s %s", backend.url, backend.health.state.value, backend.health.reason)
+
+    async def _ask_who(self, backend: Backend, answer: Answer, timeout: float) -> bool:
+        """Whether a server whose process has not been asked yet is one that the pool can use."""
+        incarnation = backend.incarnation
+        identity = await identify(backend.exchange, answer, timeout=max(timeout, _IDENTIFY_SECONDS))
+        if identity is None or incarnation != backend.incarnation:
+            return False
+        self._recognised(backend, identity)
+        return True
+
+    async def _ask_weights(self, backend: Backend, timeout: float) -> None:
+        """Lets a server that keeps its weights' version say it, where something hangs on it."""
+        identity = backend.identity
+        if identity is None or not identity.keeps_version:
+            return
+        believed = backend.sync.believed
+        first = backend.health.model_version is None or self._config.required_model_version is not None
+        if believed is None and not first:
+            return
+        incarnation = backend.incarnation
+        told = await weight_version(backend.exchange, timeout=timeout)
+        backend.health.model_version = told
+        if believed is None or incarnation != backend.incarnation:
+            return
+        if told == self._version_of(believed):
+            backend.sync.reached(believed)  # no new process says that
+        else:
+            backend.sync.lost(f"{backend.sync.reason}, and it reports weights {told!r}")
+
+    def _up(self, backend: Backend, answer: Answer) -> None:
+        backend.simulated = answer.headers.get("server") == SIMULATED
+        version, length = _told(answer.body)
+        if backend.identity is not None and backend.identity.dialect != "trl":
+            version, length = backend.health.model_version, backend.identity.max_model_len
+        if backend.health.answered(version, length):
+            backend.breaker.server_restarted()
+        self._watch(backend)
 
 
 def _told(body: bytes) -> tuple[str | None, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -19,19 +19,36 @@ def _png(image: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def encode_messages(messages: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """Copies of the conversations with their PIL images as base64 PNGs; the caller's stay as they are."""
-    return [[_encode_message(message) for message in conversation] for conversation in messages]
+def encode_messages(
+    messages: Sequence[Sequence[Mapping[str, Any]]], as_urls: bool = False
+) -> list[list[dict[str, Any]]]:
+    """Copies of the conversations with their PIL images as base64 PNGs; the caller's stay as they are.
+
+    Args:
+        messages (`Sequence[Sequence[Mapping]]`): Conversations.
+        as_urls (`bool`, *optional*, defaults to `False`): Whether as `image_url` parts with a data URL, as `vllm
+            serve` takes them, rather than as `image_pil` parts.
+    """
+    encode = _as_url if as_urls else _as_pil
+    return [[_encode_message(message, encode) for message in conversation] for conversation in messages]
 
 
-def _encode_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def _encode_message(message: Mapping[str, Any], encode: Callable[[Any], Any]) -> dict[str, Any]:
     encoded = dict(message)
     if isinstance(encoded.get("content"), list):
-        encoded["content"] = [
-            {**part, "image_pil": _png(part["image_pil"])} if part.get("type") == "image_pil" else part
-            for part in encoded["content"]
-        ]
+        encoded["content"] = [encode(part) for part in encoded["content"]]
     return encoded
+
+
+def _as_pil(part: Any) -> Any:
+    return {**part, "image_pil": _png(part["image_pil"])} if part.get("type") == "image_pil" else part
+
+
+def _as_url(part: Any) -> Any:
+    kind = part.get("type")
+    if kind not in ("image", "image_pil"):
+        return part
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(part[kind])}"}}
 
 
 def tool_schema(tool: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
+import dataclasses
 import logging
 import random
 import time
@@ -13,39 +12,36 @@ from typing import Any
 import anyio.to_thread
 import httpx
 import msgspec
+from pydantic import SecretStr
 
 from . import validation
-from .backend import Backend
 from .config import PoolConfig
-from .dialects.base import Job
+from .dialects.base import Endpoint, Job
 from .dialects.trl_requests import ChatRequest, GenerateRequest, SequenceLogprobsRequest
 from .errors import (
     AttemptError,
-    BackendMismatchError,
     InvalidRequestError,
     NoBackendAvailableError,
     RequestRejectedError,
-    WeightSyncError,
 )
 from .exchange import judge
-from .fleet import DEFAULT_HOST, DEFAULT_PORT, Fleet, resolve, resolve_backends
+from .fleet import DEFAULT_HOST, DEFAULT_PORT, resolve_backends
 from .lifetime import guarded
 from .media import encode_images, encode_messages, tool_schema
-from .rollout import ProgressBar, Rollout, RolloutResult, Route
-from .weights.coordinator import require_all
-from .weights.transport import ControlOnlyTransport, GroupMember, WeightTransport
+from .rollout import ProgressBar, Rollout, RolloutReport, RolloutResult, Route
+from .training import TrainedFleet
+from .weights.transport import JointTransport, WeightTransport
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_GROUP_PORT = 51216
 
-caller: contextvars.ContextVar[object] = contextvars.ContextVar("trl_pool_caller", default=None)
-"""Who calls: a weight update may be ended by a `generate` of whoever makes it, and by nobody else's. The synchronous
-face sets it to the calling thread; otherwise it is the task that makes the update, and tasks it starts."""
 
+class AsyncVLLMClientPool(TrainedFleet):
+    """Many vLLM servers behind the methods of TRL's `VLLMClient`, for asyncio.
 
-class AsyncVLLMClientPool(Fleet):
-    """Many `trl vllm-serve` servers behind the methods of TRL's `VLLMClient`, for asyncio.
+    The servers are `vllm serve`, as TRL 1.11 and later use it, or `trl vllm-serve` of TRL 1.0 – 1.10; which, they are
+    asked. One class has the methods of both generations of TRL's client.
 
     Used as `async with AsyncVLLMClientPool(...) as pool:`, which waits for the servers as
     [`~AsyncVLLMClientPool.check_server`] does.
@@ -65,8 +61,9 @@ class AsyncVLLMClientPool(Fleet):
         transport (`httpx.AsyncBaseTransport`, *optional*):
             Used instead of sockets, `httpx.MockTransport` for example. It is not closed by the pool.
         session_id (`str`, *optional*): Default of the calls' `session_id`.
-        weight_transport ([`WeightTransport`], *optional*):
-            Moves tensors to the servers. Without one only simulated servers and mocked transports can be "updated".
+        api_key (`str`, *optional*): The servers' `--api-key`; `config.backend_api_key` otherwise.
+        weight_transport ([`WeightTransport`] or [`JointTransport`], *optional*):
+            Moves tensors to the servers, instead of NCCL or gloo.
         clock (`Callable[[], float]`, *optional*): Monotonic seconds.
         rng (`random.Random`, *optional*): Decides ties.
 
@@ -85,7 +82,8 @@ class AsyncVLLMClientPool(Fleet):
         config: PoolConfig | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         session_id: str | None = None,
-        weight_transport: WeightTransport | None = None,
+        api_key: str | None = None,
+        weight_transport: WeightTransport | JointTransport | None = None,
         control_only: bool = False,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -93,17 +91,21 @@ class AsyncVLLMClientPool(Fleet):
         addresses, from_env = resolve_backends(base_url, host, server_port)
         if config is None:
             config = PoolConfig.from_env() if from_env else PoolConfig()
+        if api_key is not None:
+            config = config.model_copy(update={"backend_api_key": SecretStr(api_key)})
         super().__init__(
             addresses,
             config,
+            group_port=group_port,
+            weight_transport=weight_transport,
             connection_timeout=connection_timeout,
             transport=transport,
             control_only=control_only,
             clock=clock,
             rng=rng,
         )
-        self.group_port, self.session_id = group_port, session_id
-        self._weight_transport = weight_transport
+        self.session_id = session_id
+        self.last_report: RolloutReport | None = None
 
     # Mirrored from VLLMClient
 
@@ -123,6 +125,7 @@ class AsyncVLLMClientPool(Fleet):
         structured_outputs_regex: str | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         *,
+        features: Sequence[Mapping[str, Any] | None] | None = None,
         session_id: str | None = None,
         progress: bool | None = None,
     ) -> dict[str, Any]:
@@ -130,7 +133,9 @@ class AsyncVLLMClientPool(Fleet):
 
         Args:
             prompts (`list[str]` or `list[list[int]]`): Texts or token ids.
-            images (`list[list[PIL.Image] | None]`, *optional*): Per prompt.
+            images (`list[list[PIL.Image] | None]`, *optional*):
+                Per prompt, for `trl` servers. Dictionaries in their place are `features`, which come second in
+                TRL 1.11 and later.
             n (`int`, *optional*, defaults to `1`): Completions per prompt.
             repetition_penalty (`float`, *optional*, defaults to `1.0`): As vLLM's.
             temperature (`float`, *optional*, defaults to `1.0`): As vLLM's.
@@ -142,6 +147,9 @@ class AsyncVLLMClientPool(Fleet):
                 Most probable tokens whose logprobs are returned besides the sampled one's; `None` for none at all.
             structured_outputs_regex (`str`, *optional*): Restricts the output.
             generation_kwargs (`dict`, *optional*): Further `SamplingParams`; they win over the arguments.
+            features (`list[dict | None]`, *optional*):
+                Per prompt, what [`~AsyncVLLMClientPool.image_features`] made of its images, for `vllm serve`. The
+                prompts must be token ids then.
             session_id (`str`, *optional*): Keeps the request on one server; the pool's default otherwise.
             progress (`bool`, *optional*): Whether to show a progress bar; `config.progress` otherwise.
 
@@ -158,7 +166,14 @@ class AsyncVLLMClientPool(Fleet):
             `requests.ConnectionError` ([`NoBackendAvailableError`], [`RolloutError`]): when nobody could serve it.
             `requests.Timeout` ([`RolloutTimeoutError`]): after `total_timeout`.
         """
+        if images and any(isinstance(item, Mapping) for item in images):
+            features, images = images, None
         if images:
+            if self.dialect.name == "vllm":
+                raise InvalidRequestError(
+                    "`vllm serve` generates from token ids and features: pass features=client.image_features(images), "
+                    "or conversations with images to chat()"
+                )
             images = await anyio.to_thread.run_sync(encode_images, images)
         request = validation.parse(
             GenerateRequest,
@@ -177,7 +192,10 @@ class AsyncVLLMClientPool(Fleet):
                 "generation_kwargs": generation_kwargs or {},
             },
         )
-        job = validation.generate_job(request, self.limits())
+        lenient = self.dialect.survives_bad_requests
+        job = validation.generate_job(request, self.limits(), lenient=lenient)
+        if features is not None:
+            job = validation.with_features(job, features, self.dialect)
         return await self._value(job, self._route(session_id), progress, "generate")
 
     @guarded
@@ -197,6 +215,7 @@ class AsyncVLLMClientPool(Fleet):
         chat_template_kwargs: dict[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
         chat_template: str | None = None,
+        max_concurrent_requests: int = 64,
         *,
         session_id: str | None = None,
         progress: bool | None = None,
@@ -208,21 +227,27 @@ class AsyncVLLMClientPool(Fleet):
                 Conversations. A part `{"type": "image_pil", "image_pil": image}` travels as a PNG.
             chat_template_kwargs (`dict`, *optional*): Passed to the chat template.
             tools (`list`, *optional*): JSON schemas, or functions that `transformers` makes them of.
-            chat_template (`str`, *optional*): Not supported by these servers.
+            chat_template (`str`, *optional*): Used instead of the model's. `trl` servers cannot take one.
+            max_concurrent_requests (`int`, *optional*, defaults to `64`):
+                Conversations that one `vllm serve` has of this call at once; its requests carry one each. They take
+                one slot of `max_inflight_per_backend` together.
 
         The other arguments, the result and the errors are those of [`~AsyncVLLMClientPool.generate`].
 
         Raises:
-            `NotImplementedError`: for a `chat_template`, as TRL's client.
+            `NotImplementedError`: for a `chat_template` on `trl` servers, as TRL's client.
         """
-        if chat_template is not None:
+        lenient = self.dialect.survives_bad_requests
+        if max_concurrent_requests < 1:
+            raise InvalidRequestError(f"max_concurrent_requests must be at least 1, got {max_concurrent_requests}")
+        if chat_template is not None and not lenient:
             raise NotImplementedError(
                 "Custom chat templates cannot be sent to `trl vllm-serve`; save the template with the tokenizer."
             )
         request = validation.parse(
             ChatRequest,
             {
-                "messages": await anyio.to_thread.run_sync(encode_messages, messages),
+                "messages": await anyio.to_thread.run_sync(encode_messages, messages, self.dialect.name == "vllm"),
                 "n": n,
                 "repetition_penalty": repetition_penalty,
                 "temperature": temperature,
@@ -237,8 +262,8 @@ class AsyncVLLMClientPool(Fleet):
                 "tools": None if tools is None else [tool_schema(tool) for tool in tools],
             },
         )
-        job = validation.chat_job(request, self.limits())
-        return await self._value(job, self._route(session_id), progress, "chat")
+        job = validation.chat_job(request, self.limits(), lenient=lenient, chat_template=chat_template)
+        return await self._value(job, self._route(session_id, max_concurrent_requests), progress, "chat")
 
     @guarded
     async def get_sequence_logprobs(
@@ -262,17 +287,19 @@ class AsyncVLLMClientPool(Fleet):
                 Most probable tokens per position. More than the servers return (`max_logprobs`, 20 unless set) kills
                 a real server's worker, so it is refused here.
             temperature (`float`, *optional*, defaults to `1.0`): Must be positive.
-            use_binary (`bool`, *optional*, defaults to `True`): Whether the answer travels as arrays.
+            use_binary (`bool`, *optional*, defaults to `True`):
+                Whether a `trl` server's answer travels as arrays; `vllm serve` has no such choice.
             chunk_size (`int`, *optional*, defaults to `0`): Most sequences per request; 0 sends each server its share
                 in one.
             max_concurrent_requests (`int`, *optional*, defaults to `4`): Chunks that one server has at once.
 
         Returns:
             `dict` with keys:
-                - `logprobs` (`list[list[list[float]]]`): `[sequence][completion token][k]`, descending.
+                - `logprobs` (`list[list[list[float]]]`): `[sequence][completion token][k]`, descending; from
+                  `vllm serve` padded with `-inf` to k.
                 - `logprob_token_ids` (`list[list[list[int]]]`): The tokens of `logprobs`.
-                - `actual_logprobs`, `actual_token_ids` (`[sequence][completion token][1]`): The tokens that are there;
-                  with `use_binary` only.
+                - `actual_logprobs`, `actual_token_ids` (`[sequence][completion token][1]`): The tokens that are there
+                  (`-inf` where `vllm serve` did not return it); from `trl` servers with `use_binary` only.
 
         Raises:
             `ValueError` ([`InvalidRequestError`]): for a temperature ≤ 0 and other impossible arguments.
@@ -293,162 +320,77 @@ class AsyncVLLMClientPool(Fleet):
                 "response_format": "binary" if use_binary else "json",
             },
         )
-        job = validation.score_job(request, self.limits())
+        job = validation.score_job(request, self.limits(), lenient=self.dialect.survives_bad_requests)
         route = Route(None, chunk_size, max_concurrent_requests if chunk_size else 1)
         return await self._value(job, route, progress, "score")
 
     @guarded
-    async def get_world_size(self) -> int:
-        """The world size (tensor × data parallel) of one server: each has a weight update group of its own.
+    async def image_features(
+        self, images: Sequence[Sequence[Any] | None], max_concurrent_requests: int = 64
+    ) -> list[dict[str, Any] | None]:
+        """Lets `vllm serve` process images into what [`~AsyncVLLMClientPool.generate`] takes beside token ids.
+
+        Args:
+            images (`list[list[PIL.Image] | None]`): Per prompt.
+            max_concurrent_requests (`int`, *optional*, defaults to `64`): Prompts that one server has at once.
+
+        Returns:
+            `list[dict | None]`: Per prompt; `None` where it has no image.
 
         Raises:
-            [`BackendMismatchError`]: when servers differ, naming them.
-            `requests.ConnectionError` ([`NoBackendAvailableError`]): when none answers.
+            `RuntimeError`: when the servers do not offer it.
+            The rest as [`~AsyncVLLMClientPool.generate`].
         """
-        sizes, failed = await self._world_sizes(self._weights.reachable())
-        if not sizes:
-            raise NoBackendAvailableError({**self._dispatcher.reasons(), **failed})
-        if len(set(sizes.values())) > 1:
-            raise BackendMismatchError(
-                "The servers differ in world size",
-                {self._dispatcher.backends[name].url: f"has {size}" for name, size in sizes.items()},
-            )
-        return next(iter(sizes.values()))
+        if self.dialect.name != "vllm":
+            raise RuntimeError("`trl vllm-serve` takes images with generate(images=…) and processes none apart")
+        wanted = [index for index, few in enumerate(images) if few]
+        contents = [[{"type": "image", "image": image} for image in images[index] or ()] for index in wanted]
+        conversations = [[{"role": "user", "content": parts}] for parts in contents]
+        messages = await anyio.to_thread.run_sync(encode_messages, conversations, True)
+        job = Job(Endpoint.RENDER, messages)
+        try:
+            result = await self.submit(job, route=self._route(None, max_concurrent_requests))
+        except RequestRejectedError as error:
+            if error.status != 404:
+                raise
+            raise RuntimeError(
+                f"{error.backend} does not serve /v1/chat/completions/render, which images need. From vLLM 0.30 on, "
+                "start it with --enable-scale-out."
+            ) from error
+        found: list[dict[str, Any] | None] = [None] * len(images)
+        for index, features in zip(wanted, result.value["features"], strict=True):
+            found[index] = features
+        return found
 
-    async def _world_sizes(self, backends: Sequence[Backend]) -> tuple[dict[str, int], dict[str, str]]:
-        """Sizes by name, and what went wrong by URL."""
+    @guarded
+    async def get_server_info(self) -> dict[str, Any]:
+        """The resolved configuration of one `vllm serve`: the others agree with it in what matters.
 
-        async def ask(backend: Backend) -> int | str:
+        Returns:
+            `dict`: Its `VllmConfig` as a JSON tree.
+
+        Raises:
+            `RuntimeError`: when no server tells it (`VLLM_SERVER_DEV_MODE=1` is missing; `trl vllm-serve` never does).
+        """
+        if self.dialect.name != "vllm":
+            raise RuntimeError("`trl vllm-serve` does not tell its configuration")
+        reasons: dict[str, str] = {}
+        for backend in self._weights.reachable():
             try:
                 answer = await backend.exchange.once(
-                    "GET", backend.dialect.world_size_path, timeout=self.config.control_timeout
+                    "GET", "/server_info?config_format=json", timeout=self.config.control_timeout
                 )
                 judge(backend.url, answer)
-                return int(msgspec.json.decode(answer.body, type=dict[str, int])["world_size"])
-            except AttemptError as error:
-                return f"{error.outcome.value}: {error.detail}"
-            except (RequestRejectedError, ValueError, KeyError) as error:
-                return f"did not say: {error}"
-
-        answers = list(zip(backends, await asyncio.gather(*(ask(backend) for backend in backends)), strict=True))
-        sizes = {backend.name: answer for backend, answer in answers if isinstance(answer, int)}
-        return sizes, {backend.url: answer for backend, answer in answers if isinstance(answer, str)}
-
-    @guarded
-    async def reset_prefix_cache(self) -> None:
-        """Resets the servers' prefix caches. After `update_named_param` it ends the update and publishes it.
-
-        Raises:
-            [`WeightSyncError`]: when fewer than `min_backends` servers completed an update.
-            [`ControlError`]: when a server says that it failed. One that is gone has no cache.
-        """
-        was_update = self._weights.updating
-        results = await self._weights.reset_caches()
-        answered = {name: result for name, result in results.items() if result.ok or result.status is not None}
-        if not was_update:
-            require_all("Resetting the prefix caches", answered)
-
-    @guarded
-    async def init_communicator(self, device: Any = 0) -> None:
-        """Makes a weight update group with every server that is up: one each, because a `trl` server is the master of
-        its own.
-
-        Args:
-            device (`torch.device`, `str` or `int`, *optional*, defaults to `0`): The trainer's device.
-
-        Raises:
-            [`WeightSyncError`]: when fewer than `min_backends` servers take part, or tensors could not be moved.
-        """
-        members = self._weights.reachable()
-        transport = self._transport_for(members)
-        sizes, failed = await self._world_sizes(members)
-        for url, reason in failed.items():
-            logger.warning("%s is left out of weight updates until the next init_communicator: %s", url, reason)
-        members = [backend for backend in members if backend.name in sizes]
-        groups = []
-        bodies = {}
-        ports: dict[str, int] = {}
-        for backend in members:
-            # Each server's worker binds the port on its own host, so servers that share a host need different ones,
-            # by whatever names they go.
-            host = backend.address.host
-            machine = await resolve(host) if backend.exchange.has_sockets else host
-            port = ports.get(machine, self.group_port)
-            ports[machine] = port + 1
-            world_size = sizes[backend.name] + 1
-            groups.append(GroupMember(backend.name, host, port, world_size, world_size - 1))
-            bodies[backend.name] = msgspec.json.encode(
-                {
-                    "host": "0.0.0.0",
-                    "port": port,
-                    "world_size": world_size,
-                    "client_device_uuid": transport.device_uuid(device),
-                }
+                config: dict[str, Any] = msgspec.json.decode(answer.body)["vllm_config"]
+                return config
+            except (AttemptError, RequestRejectedError, ValueError, KeyError) as error:
+                reasons[backend.url] = str(error)
+        if any("404" in reason for reason in reasons.values()):
+            raise RuntimeError(
+                "The servers do not expose their development endpoints, which weight updates need; restart them with "
+                f"VLLM_SERVER_DEV_MODE=1 in their environment ({reasons})"
             )
-        results = await self._weights.open_groups(bodies, members, fresh=True)
-        joined = [group for group in groups if results[group.backend].ok]
-        if len(joined) < self.config.min_backends:
-            raise WeightSyncError(
-                f"{len(joined)} servers take part in weight updates, min_backends={self.config.min_backends}",
-                {**failed, **{r.url: r for r in results.values()}} or self._dispatcher.reasons(),
-            )
-        self._weights.transport = transport
-        await self._weights.join(joined, device)
-
-    def _transport_for(self, members: Sequence[Backend]) -> WeightTransport:
-        if self._weight_transport is not None:
-            return self._weight_transport
-        real = [backend.url for backend in members if not backend.simulated]
-        if real and self._transport is None:
-            raise WeightSyncError(
-                "This release announces weight updates but moves no tensors; a server that waits for them would "
-                "hang, so it was not asked. Pass weight_transport=",
-                dict.fromkeys(real, "is a real server"),
-            )
-        return ControlOnlyTransport()
-
-    @guarded
-    async def update_named_param(self, name: str, weights: Any) -> None:
-        """Sends one parameter to every server of the group. The first of an update closes the gate for requests and
-        waits for those that are out; [`~AsyncVLLMClientPool.reset_prefix_cache`] or the next generation ends it.
-
-        A server that fails drops out and is out of sync; the update goes on with the others.
-
-        Args:
-            name (`str`): Name of the parameter.
-            weights (`torch.Tensor`): Its new value.
-
-        Raises:
-            [`WeightSyncError`]: when fewer than `min_backends` servers are left.
-        """
-        body = msgspec.json.encode(
-            {"name": name, "dtype": str(weights.dtype), "shape": [int(size) for size in weights.shape]}
-        )
-        if caller.get() is None:
-            caller.set(object())
-        await self._weights.announce(name, body, tensor=weights, owner=caller.get())
-
-    async def update_model_params(self, model: Any) -> None:
-        """Sends every parameter of a model.
-
-        Args:
-            model (`torch.nn.Module`): The model.
-        """
-        for name, parameter in model.named_parameters():
-            await self.update_named_param(name, parameter.data)
-
-    @guarded
-    async def close_communicator(self) -> None:
-        """Closes the weight update groups. Servers that are gone are passed over, as TRL's client does.
-
-        Raises:
-            [`ControlError`]: when a server answered with an error.
-        """
-        results = await self._weights.close_groups()
-        require_all(
-            "Closing the communicators",
-            {name: result for name, result in results.items() if result.ok or result.status is not None},
-        )
+        raise NoBackendAvailableError(reasons or self._dispatcher.reasons())
 
     # Beyond VLLMClient
 
@@ -463,22 +405,25 @@ class AsyncVLLMClientPool(Fleet):
         route: Route | None = None,
     ) -> RolloutResult:
         """Serves a checked job; what [`~AsyncVLLMClientPool.generate`] and the gateway's routes are made of."""
-        if self._weights.updating and not self._control_only and self._weights.owner == caller.get():
-            await self._weights.reset_caches()
+        await self.before_request()
         rollout = Rollout(
-            job,
+            job if job.model is not None else dataclasses.replace(job, model=self.model),
             route or self._route(session_id),
-            dialect=self._dialect,
+            dialect=self.dialect,
             dispatcher=self._dispatcher,
             config=self.config,
             clock=self._clock,
             headers=headers,
             progress=progress,
         )
-        return await rollout.run()
+        try:
+            return await rollout.run()
+        finally:
+            self.last_report = rollout.report()
 
-    def _route(self, session_id: str | None) -> Route:
-        return Route(self.session_id if session_id is None else session_id)
+    def _route(self, session_id: str | None, max_concurrent_requests: int = 1) -> Route:
+        session_id = self.session_id if session_id is None else session_id
+        return Route(session_id, per_backend=max_concurrent_requests)
 
     async def _value(self, job: Job, route: Route, progress: bool | None, what: str) -> dict[str, Any]:
         if not (self.config.progress if progress is None else progress):

@@ -63,6 +63,32 @@ class RolloutResult:
     backends: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PromptReport:
+    """Where one prompt's answer comes from.
+
+    Args:
+        backend (`str` or `None`): URL of the backend that served it; `None` when nobody did.
+        weight_version (`int` or `None`): Weights that the backend held, in the pool's count.
+        attempts (`tuple[Attempt, ...]`): What was tried before, in vain.
+    """
+
+    backend: str | None
+    weight_version: int | None
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """The provenance of a call's answers.
+
+    Args:
+        prompts (`tuple[PromptReport, ...]`): One per prompt, in order.
+    """
+
+    prompts: tuple[PromptReport, ...]
+
+
 class _Suspicion:
     """A 500 or a broken answer: the backend's fault if others serve all its prompts, the request's if they fail
     alike."""
@@ -101,11 +127,13 @@ class Rollout:
         self._dispatcher, self._config, self._clock = dispatcher, config, clock
         self._headers, self._progress = headers, progress
         self._lane = Lane.SCORE if job.endpoint is Endpoint.SCORE else Lane.GENERATE
-        self._path = dialect.path(job.endpoint)
+        self._path = dialect.path(job)
+        self._units_per_request = dialect.units_per_request(job)
         self._deadline = clock() + config.total_timeout
         count = len(job.units)
         self._answers: list[Any] = [None] * count
         self._served_by: list[str | None] = [None] * count
+        self._provenance: list[tuple[str, int | None] | None] = [None] * count
         self._history: list[list[Attempt]] = [[] for _ in range(count)]
         self._turned_away: dict[int, Attempt] = {}  # the last "busy" of each prompt, which is no failure
         self._costs = [0] * count
@@ -139,6 +167,15 @@ class Rollout:
             raise self._failure(RolloutError, str(self._no_backend or ""))
         names = dict.fromkeys(name for name in self._served_by if name is not None)
         return RolloutResult(self._dialect.merge(self._job, self._answers), tuple(names))
+
+    def report(self) -> RolloutReport:
+        """Who answered what, as far as it has come."""
+        return RolloutReport(
+            tuple(
+                PromptReport(None, None, tuple(history)) if source is None else PromptReport(*source, tuple(history))
+                for source, history in zip(self._provenance, self._history, strict=True)
+            )
+        )
 
     async def _serve_all(self) -> None:
         indices = list(range(len(self._job.units)))
@@ -193,8 +230,8 @@ class Rollout:
                 with attempt:
                     left = self._left(share)
                     size = retry.piece_size(failed, len(self._dispatcher.backends) - 1) if failed else len(left)
-                    if self._route.chunk_size:
-                        size = min(size, self._route.chunk_size)
+                    for limit in (self._route.chunk_size, self._units_per_request):
+                        size = min(size, limit) if limit else size
                     pieces = [left[i : i + size] for i in range(0, len(left), size)]
                     async with asyncio.TaskGroup() as group:
                         for piece in pieces:
@@ -246,8 +283,10 @@ class Rollout:
     def _want(
         self, piece: Sequence[int], *, key: str | None = None, home: str | None = None, tried: Container[str] = ()
     ) -> Want:
-        per_backend = self._route.per_backend if self._dialect.one_request_at_a_time else None
-        return Want(self._lane, self._weight(piece), key, home, tried, self, per_backend)
+        single = self._units_per_request is not None
+        bounded = single or self._route.chunk_size or self._dialect.one_request_at_a_time
+        per_backend = self._route.per_backend if bounded else None
+        return Want(self._lane, self._weight(piece), key, home, tried, self, per_backend, shares_slot=single)
 
     async def _attempt(self, lease: Lease, piece: list[int]) -> Outcome:
         """Sends a piece on a lease, gives the lease back, and keeps the books."""
@@ -283,6 +322,7 @@ class Rollout:
         for index, answer in zip(piece, answers, strict=True):
             self._answers[index] = answer
             self._served_by[index] = lease.backend.name
+            self._provenance[index] = lease.backend.url, lease.weight_version
         lease.backend.served(lease, len(piece))
         lease.backend.release(lease, retry.RULES[Outcome.OK].verdict)
         if self._progress is not None:

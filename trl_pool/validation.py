@@ -11,6 +11,7 @@ import base64
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from . import sampling
 from .config import PoolConfig
 from .conversations import conversation_fault
-from .dialects.base import Endpoint, Job
+from .dialects.base import Dialect, Endpoint, Job
 from .dialects.trl_requests import ChatRequest, GenerateRequest, SamplingFields, SequenceLogprobsRequest
 from .errors import InvalidRequestError
 
@@ -53,9 +54,26 @@ def parse(model: type[ModelT], values: Mapping[str, Any] | bytes) -> ModelT:
         raise InvalidRequestError(f"invalid arguments: {first}", details=details) from None
 
 
-def generate_job(request: GenerateRequest, config: PoolConfig, *, raw: bool = False, body: bytes | None = None) -> Job:
-    """A `/generate/` body as a job."""
-    fields = _sampling_fields(request, config)
+def generate_job(
+    request: GenerateRequest,
+    config: PoolConfig,
+    *,
+    raw: bool = False,
+    body: bytes | None = None,
+    lenient: bool = False,
+) -> Job:
+    """A `/generate/` body as a job.
+
+    Args:
+        request ([`GenerateRequest`]): Its fields.
+        config ([`PoolConfig`]): Limits.
+        raw (`bool`, *optional*, defaults to `False`): Whether answers are only passed on.
+        body (`bytes`, *optional*): As it came.
+        lenient (`bool`, *optional*, defaults to `False`):
+            Whether the servers answer 400 to what they refuse (`vllm serve`), so that only what they could not answer
+            right is refused here.
+    """
+    fields = _sampling_fields(request, config, lenient)
     prompts = request.prompts
     if request.images is not None and len(request.images) not in (0, len(prompts)):
         raise _fault("images", f"{len(request.images)} image lists for {len(prompts)} prompts; give one per prompt")
@@ -66,11 +84,38 @@ def generate_job(request: GenerateRequest, config: PoolConfig, *, raw: bool = Fa
     return Job(Endpoint.GENERATE, prompts, fields, _completions(fields), request.images or None, raw, body)
 
 
-def chat_job(request: ChatRequest, config: PoolConfig, *, raw: bool = False, body: bytes | None = None) -> Job:
-    """A `/chat/` body as a job."""
-    fields = _sampling_fields(request, config)
+def with_features(job: Job, features: Sequence[Mapping[str, Any] | None], dialect: Dialect) -> Job:
+    """A job whose prompts' images have been processed already.
+
+    Raises:
+        [`InvalidRequestError`]: when they do not fit the prompts, or the servers.
+    """
+    if dialect.name != "vllm":
+        raise _fault("features", "`trl vllm-serve` takes images=, not features=")
+    if len(features) != len(job.units):
+        raise _fault("features", f"{len(features)} for {len(job.units)} prompts; give one per prompt, or None")
+    texts = [index for index, unit in enumerate(job.units) if isinstance(unit, str)]
+    if texts:
+        raise _fault("features", f"go with token ids, and there is text at {_shown(texts)}", texts)
+    return replace(job, features=list(features))
+
+
+def chat_job(
+    request: ChatRequest,
+    config: PoolConfig,
+    *,
+    raw: bool = False,
+    body: bytes | None = None,
+    lenient: bool = False,
+    chat_template: str | None = None,
+) -> Job:
+    """A `/chat/` body as a job; the arguments are those of [`generate_job`]."""
+    fields = _sampling_fields(request, config, lenient)
     fields["chat_template_kwargs"] = request.chat_template_kwargs
     fields["tools"] = request.tools
+    if lenient:
+        fields["chat_template"] = chat_template
+        return Job(Endpoint.CHAT, request.messages, fields, _completions(fields), None, raw, body)
     for index, conversation in enumerate(request.messages):
         fault = conversation_fault(conversation)
         if fault is not None:
@@ -84,9 +129,14 @@ def chat_job(request: ChatRequest, config: PoolConfig, *, raw: bool = False, bod
 
 
 def score_job(
-    request: SequenceLogprobsRequest, config: PoolConfig, *, raw: bool = False, body: bytes | None = None
+    request: SequenceLogprobsRequest,
+    config: PoolConfig,
+    *,
+    raw: bool = False,
+    body: bytes | None = None,
+    lenient: bool = False,
 ) -> Job:
-    """A `/get_sequence_logprobs/` body as a job."""
+    """A `/get_sequence_logprobs/` body as a job; the arguments are those of [`generate_job`]."""
     sequences, lengths = request.sequences, request.prompt_lengths
     if not 0 < request.temperature <= 2:
         raise _fault("temperature", f"must be positive and at most 2, got {request.temperature}")
@@ -101,7 +151,10 @@ def score_job(
             )
     if request.response_format not in ("json", "binary"):
         raise _fault("response_format", f"{request.response_format!r}; allowed: 'json', 'binary'")
-    _refuse(sampling.logprobs_faults("top_logprobs", request.top_logprobs, config))
+    if not lenient:
+        _refuse(sampling.logprobs_faults("top_logprobs", request.top_logprobs, config))
+    elif request.top_logprobs < 0:
+        raise _fault("top_logprobs", f"must not be negative, got {request.top_logprobs}")
     _check_lengths("sequences", sequences, config)
     fields = {
         "top_logprobs": request.top_logprobs,
@@ -111,8 +164,21 @@ def score_job(
     return Job(Endpoint.SCORE, list(zip(sequences, lengths, strict=True)), fields, 1, None, raw, body)
 
 
-def _sampling_fields(request: SamplingFields, config: PoolConfig) -> dict[str, Any]:
+_NOT_THE_CALLERS = frozenset(
+    {"stream", "prompt", "messages", "echo", "return_token_ids", "return_tokens_as_token_ids"}
+)
+"""What the pool says itself in a body of `vllm serve`; another value would give an answer of another form."""
+
+
+def _sampling_fields(request: SamplingFields, config: PoolConfig, lenient: bool) -> dict[str, Any]:
     fields = {name: getattr(request, name) for name in SamplingFields.model_fields}
+    if lenient:
+        taken = _NOT_THE_CALLERS & request.generation_kwargs.keys()
+        _refuse((f"generation_kwargs.{name}", "is set by the pool; leave it out") for name in sorted(taken))
+        n = request.generation_kwargs.get("n", request.n)
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise _fault("n", f"must be an integer of at least 1, got {n!r}")
+        return fields
     found = [
         (f"generation_kwargs.{name}", f"vLLM's SamplingParams has no such parameter{_hint(name)}")
         for name in request.generation_kwargs

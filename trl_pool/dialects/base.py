@@ -15,6 +15,7 @@ class Endpoint(enum.Enum):
     GENERATE = "generate"
     CHAT = "chat"
     SCORE = "get_sequence_logprobs"
+    RENDER = "render"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Job:
             passes them on (the gateway) need not parse a million numbers.
         body (`bytes`, *optional*): The whole job as it came over the wire, to be passed on as it is where it is not
             split.
+        features (`Sequence` or `None`, *optional*): Per unit, images that a server has processed already.
+        model (`str`, *optional*): What the servers call the model, where a request has to say so.
     """
 
     endpoint: Endpoint
@@ -40,6 +43,8 @@ class Job:
     images: Sequence[Any] | None = None
     raw: bool = False
     body: bytes | None = None
+    features: Sequence[Any] | None = None
+    model: str | None = None
 
 
 class Dialect(abc.ABC):
@@ -48,6 +53,8 @@ class Dialect(abc.ABC):
     name: str
     health_path: str
     world_size_path: str
+    close_group_path: str | None
+    """Where a server is told at exit that its update group is no more; `None` if it need not be told."""
 
     one_request_at_a_time: bool
     """Servers work through requests one after the other, so a second shard of a call only queues behind the first."""
@@ -58,9 +65,17 @@ class Dialect(abc.ABC):
     scoring_is_exclusive: bool
     """Scoring and generating at once on one server swaps their replies."""
 
+    survives_bad_requests: bool
+    """Servers answer 400 to a request that they refuse. Others answer a bare 500, or die of it, so the pool has to
+    find out before it sends anything."""
+
     @abc.abstractmethod
-    def path(self, endpoint: Endpoint) -> str:
-        """The path of an endpoint."""
+    def path(self, job: Job) -> str:
+        """Where a job's requests go."""
+
+    def units_per_request(self, job: Job) -> int | None:
+        """Most units that one request can carry; `None` if there is no limit."""
+        return None
 
     @abc.abstractmethod
     def encode(self, job: Job, indices: Sequence[int]) -> bytes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from .answers import GenerateAnswer, ScoreAnswer, expect, merge_generated, slices
 from .base import Dialect, Endpoint, Job
 
 
@@ -62,24 +62,6 @@ _NULLS = dict.fromkeys(
 """A server sends the fields of the format that was not asked for as null."""
 
 
-class GenerateAnswer(NamedTuple):
-    """One prompt's answer; the lists have `n` items, one per completion."""
-
-    prompt_ids: Any
-    completion_ids: list[Any]
-    logprobs: list[Any] | None
-    logprob_token_ids: list[Any] | None
-
-
-class ScoreAnswer(NamedTuple):
-    """One sequence's answer. From the binary format its parts are arrays of shape `(completion length, k)`."""
-
-    logprobs: Any
-    logprob_token_ids: Any
-    actual_logprobs: Any = None
-    actual_token_ids: Any = None
-
-
 _decode_generated = msgspec.json.Decoder(_Generated).decode
 _decode_raw_generated = msgspec.json.Decoder(_RawGenerated).decode
 _decode_scored = msgspec.json.Decoder(_Scored).decode
@@ -94,12 +76,14 @@ class TrlDialect(Dialect):
     name = "trl"
     health_path = "/health/"
     world_size_path = "/get_world_size/"
+    close_group_path = "/close_communicator/"
     one_request_at_a_time = True
     silent_while_busy = True
     scoring_is_exclusive = True
+    survives_bad_requests = False
 
-    def path(self, endpoint: Endpoint) -> str:
-        return f"/{endpoint.value}/"
+    def path(self, job: Job) -> str:
+        return f"/{job.endpoint.value}/"
 
     def encode(self, job: Job, indices: Sequence[int]) -> bytes:
         if job.body is not None and len(indices) == len(job.units):
@@ -122,8 +106,8 @@ class TrlDialect(Dialect):
         if job.fields["response_format"] == "binary":
             return self._decode_binary(job, indices, body)
         scored: _Scored | _RawScored = (_decode_raw_scored if job.raw else _decode_scored)(body)
-        _expect("logprobs", len(scored.logprobs), len(indices))
-        _expect("logprob_token_ids", len(scored.logprob_token_ids), len(indices))
+        expect("logprobs", len(scored.logprobs), len(indices))
+        expect("logprob_token_ids", len(scored.logprob_token_ids), len(indices))
         if isinstance(scored, _Scored):
             _check_scored(job, indices, list(map(len, scored.logprobs)))
             _check_scored(job, indices, list(map(len, scored.logprob_token_ids)))
@@ -131,15 +115,7 @@ class TrlDialect(Dialect):
 
     def merge(self, job: Job, answers: Sequence[Any]) -> dict[str, Any]:
         if job.endpoint is not Endpoint.SCORE:
-            # One server answers null for all prompts or for none.
-            with_logprobs = all(answer.logprobs is not None for answer in answers)
-            flat = chain.from_iterable
-            return {
-                "prompt_ids": [answer.prompt_ids for answer in answers],
-                "completion_ids": list(flat(answer.completion_ids for answer in answers)),
-                "logprobs": list(flat(a.logprobs for a in answers)) if with_logprobs else None,
-                "logprob_token_ids": list(flat(a.logprob_token_ids for a in answers)) if with_logprobs else None,
-            }
+            return merge_generated(answers)
         if job.fields["response_format"] == "binary":
             return _pack(answers, job.fields["top_logprobs"]) if job.raw else _unpack(answers)
         lists = {
@@ -152,30 +128,30 @@ class TrlDialect(Dialect):
         answer: _Generated | _RawGenerated = (_decode_raw_generated if job.raw else _decode_generated)(body)
         n = job.n
         sequences = len(indices) * n
-        _expect("prompt_ids", len(answer.prompt_ids), len(indices))
-        _expect("completion_ids", len(answer.completion_ids), sequences)
+        expect("prompt_ids", len(answer.prompt_ids), len(indices))
+        expect("completion_ids", len(answer.completion_ids), sequences)
         for field in ("logprobs", "logprob_token_ids"):
             if getattr(answer, field) is not None:
-                _expect(field, len(getattr(answer, field)), sequences)
+                expect(field, len(getattr(answer, field)), sequences)
         if (answer.logprobs is None) != (answer.logprob_token_ids is None):
             raise ValueError("only one of logprobs and logprob_token_ids is null")
         if isinstance(answer, _Generated):
             _check_generated(job, indices, answer)
-        return [
-            GenerateAnswer(
-                answer.prompt_ids[k],
-                list(answer.completion_ids[k * n : (k + 1) * n]),
-                None if answer.logprobs is None else list(answer.logprobs[k * n : (k + 1) * n]),
-                None if answer.logprob_token_ids is None else list(answer.logprob_token_ids[k * n : (k + 1) * n]),
+        return list(
+            map(
+                GenerateAnswer,
+                answer.prompt_ids,
+                slices(answer.completion_ids, n),
+                slices(answer.logprobs, n, len(indices)),
+                slices(answer.logprob_token_ids, n, len(indices)),
             )
-            for k in range(len(indices))
-        ]
+        )
 
     def _decode_binary(self, job: Job, indices: Sequence[int], body: bytes) -> list[Any]:
         answer = _decode_binary(body)
         batch, length, top = answer.shape
-        _expect("shape[0]", batch, len(indices))
-        _expect("shape[2]", top, job.fields["top_logprobs"])
+        expect("shape[0]", batch, len(indices))
+        expect("shape[2]", top, job.fields["top_logprobs"])
         _check_scored(job, indices, answer.completion_lengths)
         if any(not 0 <= completion <= length for completion in answer.completion_lengths):
             raise ValueError(f"completion_lengths {answer.completion_lengths} do not fit shape {answer.shape}")
@@ -190,11 +166,6 @@ class TrlDialect(Dialect):
             ScoreAnswer(*(column[k, :completion] for column in columns))
             for k, completion in enumerate(answer.completion_lengths)
         ]
-
-
-def _expect(what: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise ValueError(f"{found} entries in {what} where {expected} were asked for")
 
 
 def _check_generated(job: Job, indices: Sequence[int], answer: _Generated) -> None:

@@ -259,9 +259,9 @@ def _add_control_routes(app: FastAPI) -> None:
         """Makes every backend wait for its trainer's connection."""
         body = await read_body(request, settings.max_body_bytes)
         validation.parse(InitCommunicatorRequest, body)
-        weights = _pool(request).weights
-        members = weights.everybody()
-        results = await weights.open_groups({b.name: body for b in members}, members, fresh=False)
+        pool = _pool(request)
+        members = pool.weights.everybody()
+        results = await pool.separate.open({b.name: body for b in members}, members, fresh=False)
         headers = {}
         if len(members) > 1 and not request.headers.get("user-agent", "").startswith(_OWN_CLIENT):
             text = (
@@ -276,15 +276,15 @@ def _add_control_routes(app: FastAPI) -> None:
         """Announces a parameter to every backend; the first one closes the gate until `/reset_prefix_cache/`."""
         body = await read_body(request, settings.max_body_bytes)
         name = validation.parse(UpdateNamedParamRequest, body).name
-        return answer("update_named_param", await _pool(request).weights.announce(name, body, owner="gateway"))
+        return answer("update_named_param", await _pool(request).separate.announce(name, body, owner="gateway"))
 
     async def reset_prefix_cache(request: Request) -> Response:
         """Resets every backend's prefix cache; after an update that publishes it."""
-        return answer("reset_prefix_cache", await _pool(request).weights.reset_caches())
+        return answer("reset_prefix_cache", await _pool(request).separate.reset_caches())
 
     async def close_communicator(request: Request) -> Response:
         """Makes every backend leave its weight update group."""
-        return answer("close_communicator", await _pool(request).weights.close_groups())
+        return answer("close_communicator", await _pool(request).separate.close())
 
     _add(app, "GET", "/get_world_size/", get_world_size)
     _add(app, "POST", "/init_communicator/", init_communicator, InitCommunicatorRequest)

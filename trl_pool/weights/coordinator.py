@@ -1,7 +1,6 @@
-"""The course of a weight update: gate, drain, announce to everybody, fence, publish.
+"""The books of weight updates: who takes part, who was told what, which version everybody holds; and the gate.
 
-On the `trl` dialect an update has no beginning and no end of its own: it reaches from the first `update_named_param`
-to `reset_prefix_cache`. In between the gate is closed, and every backend that was told anything is out of sync.
+The two ways in which tensors travel (`separate` groups, one `joint` group) keep their books here.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import anyio.to_thread
 import msgspec
 
 from ..backend import Backend, Lane
@@ -23,7 +20,6 @@ from ..dispatch import Dispatcher
 from ..errors import AttemptError, ControlError, ControlResult, Outcome, RequestRejectedError, WeightSyncError
 from ..exchange import judge
 from ..facts import Health
-from .transport import GroupMember, WeightTransport
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +28,7 @@ _LAST_MESSAGE_FAILED = "False"
 
 
 @dataclass
-class _Update:
+class Update:
     """An update under way."""
 
     members: dict[str, Backend]
@@ -67,21 +63,25 @@ class WeightCoordinator:
         self._all_or_nothing = all_or_nothing
         self.run_id = uuid.uuid4().hex[:8]
         self.number = 0
-        self._update: _Update | None = None
+        self._update: Update | None = None
         self._ever_sent: set[str] = set()  # names of parameters, in this update and before
         self._group: dict[str, int] = {}  # name: incarnation that has the communicator
-        self._turn = asyncio.Lock()
+        self.turn = asyncio.Lock()
+        """One control call at a time."""
         self._expiry: asyncio.TimerHandle | None = None
-        self.transport: WeightTransport | None = None
 
     def __repr__(self) -> str:
         update = f", updating {sorted(self._update.members)}" if self._update else ""
         return f"<WeightCoordinator {self.version}, group {sorted(self._group)}{update}>"
 
+    def version_of(self, number: int) -> str:
+        """`<run id>:<n>`: no other run's versions read the same."""
+        return f"{self.run_id}:{number}"
+
     @property
     def version(self) -> str:
-        """`<run id>:<n>`: no other run's versions read the same."""
-        return f"{self.run_id}:{self.number}"
+        """The version that is out now."""
+        return self.version_of(self.number)
 
     @property
     def group(self) -> list[str]:
@@ -97,23 +97,69 @@ class WeightCoordinator:
     def updating(self) -> bool:
         return self._update is not None
 
+    @property
+    def update(self) -> Update | None:
+        """The update under way."""
+        return self._update
+
+    @property
+    def all_or_nothing(self) -> bool:
+        """Whether one failure ends an update."""
+        return self._all_or_nothing
+
+    @property
+    def grouping(self) -> dict[str, int]:
+        """Who has a communicator, and which incarnation of theirs has it."""
+        return dict(self._group)
+
+    def everybody_says(self) -> dict[str, str]:
+        """Per URL, why a backend is not eligible, or that it is."""
+        reasons = self._dispatcher.reasons()
+        return {url: reasons.get(url, "is eligible") for url in self._urls()}
+
+    def regroup(self, members: Iterable[Backend]) -> None:
+        """From now on these have a communicator."""
+        self._group = {b.name: b.incarnation for b in members}
+
+    def ungroup(self, name: str) -> None:
+        """This one has no communicator any more."""
+        self._group.pop(name, None)
+
+    def sent(self, name: str) -> None:
+        """A parameter of that name belongs to a whole update."""
+        self._ever_sent.add(name)
+
     # Control calls
 
     async def broadcast(
-        self, path: str, bodies: Mapping[str, bytes | None], backends: Iterable[Backend]
+        self,
+        path: str,
+        bodies: Mapping[str, bytes | None],
+        backends: Iterable[Backend],
+        *,
+        timeout: float | None = None,
     ) -> dict[str, ControlResult]:
         """Sends one control call to several backends at once, exactly once each, and waits for every outcome.
+
+        Args:
+            path (`str`): Where to.
+            bodies (`Mapping[str, bytes | None]`): Body per backend name.
+            backends (`Iterable[Backend]`): To whom.
+            timeout (`float`, *optional*): Seconds for each, `control_timeout` by default.
 
         Returns:
             `dict[str, ControlResult]`: Per name.
         """
         whom = list(backends)
-        results = await asyncio.gather(*(self._call(b, path, bodies.get(b.name)) for b in whom))
+        results = await asyncio.gather(*(self.call(b, path, bodies.get(b.name), timeout=timeout) for b in whom))
         return {b.name: result for b, result in zip(whom, results, strict=True)}
 
-    async def _call(self, backend: Backend, path: str, body: bytes | None) -> ControlResult:
+    async def call(
+        self, backend: Backend, path: str, body: bytes | None, *, timeout: float | None = None
+    ) -> ControlResult:
+        """One control call to one backend; it never raises for what the backend does."""
         try:
-            answer = await backend.control(path, body)
+            answer = await backend.control(path, body, timeout=timeout)
             judge(backend.url, answer)
         except AttemptError as error:
             if error.refused:
@@ -126,22 +172,41 @@ class WeightCoordinator:
             return ControlResult(backend.url, False, str(error), error.status)
         try:
             decoded = msgspec.json.decode(answer.body)
-            message = str(decoded.get("message", "")) if isinstance(decoded, dict) else ""
         except ValueError:
-            message = answer.body[:200].decode("utf-8", "replace")
-        failed = path.startswith("/reset_prefix_cache") and message.endswith(_LAST_MESSAGE_FAILED)
+            decoded, message = {}, answer.body[:200].decode("utf-8", "replace")
+        else:
+            decoded = decoded if isinstance(decoded, dict) else {}
+            message = str(decoded.get("message", ""))
+        failed = path.startswith("/reset_prefix_cache") and (
+            message.endswith(_LAST_MESSAGE_FAILED) or decoded.get("success") is False
+        )
+        if failed and not message:
+            message = "the prefix cache was not reset (success: false)"
         return ControlResult(backend.url, not failed, message, answer.status)
 
     @contextlib.asynccontextmanager
-    async def _alone(self, reason: str) -> AsyncIterator[None]:
-        """One control call at a time, with the gate closed and nothing out; opens again what it closed."""
-        async with self._turn:
+    async def alone(
+        self, reason: str, *, undrained: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[None]:
+        """One control call at a time, with the gate closed and nothing out; opens again what it closed.
+
+        Args:
+            reason (`str`): What is told to work that waits meanwhile.
+            undrained (`Callable`, *optional*): What to do when requests do not end within `drain_timeout`, instead of
+                giving up.
+        """
+        async with self.turn:
             if self._update is not None:
                 yield
                 return
             self._dispatcher.close_gate(reason, drain=True)
             try:
-                await self._drain(reason)
+                try:
+                    await self._drain(reason)
+                except WeightSyncError:
+                    if undrained is None:
+                        raise
+                    await undrained()
                 self._dispatcher.close_gate(reason)
                 yield
             finally:
@@ -181,86 +246,15 @@ class WeightCoordinator:
         """All backends that are not on their way out."""
         return [b for b in self._dispatcher.backends.values() if not b.draining]
 
-    # Groups
-
-    async def open_groups(
-        self, bodies: Mapping[str, bytes], members: Iterable[Backend], *, fresh: bool
-    ) -> dict[str, ControlResult]:
-        """Tells servers to join their update groups.
-
-        Args:
-            bodies (`Mapping[str, bytes]`): Body per backend name.
-            members (`Iterable[Backend]`): Whom.
-            fresh (`bool`): Whether to close an earlier communicator first: a worker that has one dies of a second,
-                after the 200.
-        """
-        whom = list(members)
-        async with self._alone("a weight update group is being made"):
-            self._abandon("its communicator was replaced")
-            if fresh:
-                closed = await self.broadcast("/close_communicator/", {}, whom)
-                whom = [b for b in whom if closed[b.name].ok]
-                bad = {name: result for name, result in closed.items() if not result.ok}
-            else:
-                bad = {}
-            results = {**bad, **await self.broadcast("/init_communicator/", bodies, whom)}
-            self._group = {b.name: b.incarnation for b in whom if results[b.name].ok}
-        return results
-
-    async def join(self, members: list[GroupMember], device: Any) -> None:
-        """Lets the transport join the groups."""
-        assert self.transport is not None
-        await anyio.to_thread.run_sync(self.transport.open, members, device, abandon_on_cancel=True)
-
-    async def close_groups(self) -> dict[str, ControlResult]:
-        """Closes every communicator; an update that was under way is abandoned."""
-        async with self._turn:
-            self._abandon("the communicator was closed")
-            whom = self.everybody() if self._all_or_nothing else self._grouped()
-            results = await self.broadcast("/close_communicator/", {}, whom)
-            self._group = {}
-            if self.transport is not None:
-                await anyio.to_thread.run_sync(self.transport.close, abandon_on_cancel=True)
-        return results
-
     # Updates
 
-    async def announce(
-        self, name: str, body: bytes, *, tensor: Any = None, owner: object = None
-    ) -> dict[str, ControlResult]:
-        """Announces one tensor to everybody in the update, begins the update if need be, and moves the tensor.
+    def begin(self, owner: object) -> Update:
+        """Begins an update with everybody who has a communicator; from here to its end they are out of sync.
 
         Raises:
-            [`WeightSyncError`]: when the update cannot go on; its members are out of sync then.
+            [`WeightSyncError`]: when there is nobody, or (all or nothing) somebody has lost their communicator.
         """
-        async with self._alone("a weight update waits for requests that are out"):
-            if self._update is None:
-                self._begin(owner)
-            assert self._update is not None
-            try:
-                return await self._announce(self._update, name, body, tensor)
-            except BaseException as error:
-                # Somebody was told of a tensor that may never come: whoever took part holds mixed weights.
-                self._abandon(f"{type(error).__name__} in the middle of it")
-                raise
-
-    async def _announce(self, update: _Update, name: str, body: bytes, tensor: Any) -> dict[str, ControlResult]:
-        self._extend()
-        self._ever_sent.add(name)
-        self._drop_restarted(update)
-        whom = list(update.members.values())
-        results = await self.broadcast("/update_named_param/", {b.name: body for b in whom}, whom)
-        self._drop(update, results)
-        if self.transport is not None:
-            await anyio.to_thread.run_sync(
-                self.transport.broadcast, tensor, list(update.members), abandon_on_cancel=True
-            )
-        update.names.add(name)
-        self._extend()
-        return results
-
-    def _begin(self, owner: object) -> None:
-        members = {b.name: b for b in self._grouped()}
+        members = {b.name: b for b in self.grouped()}
         if self._all_or_nothing:
             lost = [b.url for b in self.everybody() if b.name in self._group and b.name not in members]
             if lost:
@@ -276,26 +270,33 @@ class WeightCoordinator:
         left_out = [b.url for b in self._dispatcher.backends.values() if b.name not in members]
         if left_out:
             logger.warning("Weight update v%d leaves out %s", self.number + 1, ", ".join(left_out))
-        complete = {b.name for b in members.values() if b.sync.why_stale(self.number) is None}
-        self._update = _Update(members, {b.name: b.incarnation for b in members.values()}, complete, owner)
+        complete = {b.name for b in members.values() if b.sync.held == self.number}
+        incarnations = {b.name: b.incarnation for b in members.values()}
+        self._update = update = Update(members, incarnations, complete, owner)
         self._dispatcher.close_gate(f"weight update v{self.number + 1} is under way")
         for backend in members.values():
             backend.sync.lost(f"update v{self.number + 1} did not reach its end")
+        return update
 
-    def _grouped(self) -> list[Backend]:
+    def grouped(self) -> list[Backend]:
         """Those that have a communicator still: a server that came back from the dead has lost it."""
         return [b for b in self.reachable() if self._group.get(b.name) == b.incarnation]
 
-    def _drop_restarted(self, update: _Update) -> None:
+    def drop_restarted(self, update: Update) -> None:
         """A server that was gone meanwhile has lost what it was sent."""
         gone = {
             name: ControlResult(backend.url, False, "it was restarted during the update")
             for name, backend in update.members.items()
             if backend.incarnation != update.incarnations[name]
         }
-        self._drop(update, gone)
+        self.drop(update, gone)
 
-    def _drop(self, update: _Update, results: Mapping[str, ControlResult]) -> None:
+    def drop(self, update: Update, results: Mapping[str, ControlResult]) -> None:
+        """Leaves out of an update whoever failed in it.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` are left (all or nothing: when anybody failed).
+        """
         failed = {name: result for name, result in results.items() if not result.ok}
         for name, result in failed.items():
             update.dropped[result.url] = result
@@ -303,40 +304,20 @@ class WeightCoordinator:
             self._group.pop(name, None)
             logger.warning("%s drops out of weight update v%d: %s", result.url, self.number + 1, result.message)
         if failed and (self._all_or_nothing or len(update.members) < self._config.min_backends):
-            self._abandon("another backend failed in it")
+            self.abandon("another backend failed in it")
             raise WeightSyncError(
                 f"Weight update v{self.number + 1} ended after {len(update.names)} parameters; no backend that "
                 "took part serves until a whole update has reached it",
                 {**{r.url: r for r in results.values()}, **update.dropped},
             )
 
-    async def reset_caches(self) -> dict[str, ControlResult]:
-        """Resets prefix caches; after an update that is its fence and end, and publishes the new version.
-
-        Raises:
-            [`WeightSyncError`]: when no backend confirmed it after an update.
-        """
-        async with self._alone("prefix caches are being reset"):
-            update = self._update
-            if update is None:
-                return await self.broadcast("/reset_prefix_cache/", {}, self._holders())
-            try:
-                self._drop_restarted(update)
-                results = await self.broadcast("/reset_prefix_cache/", {}, update.members.values())
-                self._drop(update, results)
-                self._drop_restarted(update)
-            except BaseException as error:
-                self._abandon(f"{type(error).__name__} at its end")
-                raise
-            self._publish(update)
-            return results
-
-    def _holders(self) -> list[Backend]:
+    def holders(self) -> list[Backend]:
+        """Backends whose caches matter outside an update."""
         if self._all_or_nothing:
             return self.everybody()
-        return [b for b in self.reachable() if b.sync.why_stale(self.number) is None]
+        return [b for b in self.reachable() if b.sync.held == self.number]
 
-    def _publish(self, update: _Update) -> None:
+    def publish(self, update: Update) -> None:
         """The new version is out. A backend that had missed something holds it only if it was sent all there is."""
         self._cancel_expiry()
         self._update = None
@@ -358,7 +339,7 @@ class WeightCoordinator:
                 f"Weight update v{self.number} was not whole; send every parameter", self._dispatcher.reasons()
             )
 
-    def _abandon(self, why: str) -> None:
+    def abandon(self, why: str) -> None:
         """Ends an update without publishing it: its members stay out of sync."""
         self._cancel_expiry()
         if self._update is None:
@@ -368,18 +349,18 @@ class WeightCoordinator:
         self._update = None
         self._dispatcher.open_gate()
 
-    def _extend(self) -> None:
+    def extend(self) -> None:
         """Puts the moment off at which the update counts as abandoned."""
         self._cancel_expiry()
         self._expiry = asyncio.get_running_loop().call_later(self._config.update_idle_timeout, self._expire)
 
     def _expire(self) -> None:
         idle = self._config.update_idle_timeout
-        if self._turn.locked():
-            self._extend()  # a control call is out: somebody is there
+        if self.turn.locked():
+            self.extend()  # a control call is out: somebody is there
             return
         logger.error("Weight update v%d: no control call for %g s, abandoned", self.number + 1, idle)
-        self._abandon(f"no control call for {idle:g} s")
+        self.abandon(f"no control call for {idle:g} s")
 
     def _cancel_expiry(self) -> None:
         if self._expiry is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from .stream import BufferPacker
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,24 @@ class GroupMember:
     rank: int
 
 
+class TransportError(RuntimeError):
+    """A tensor did not reach some backends, or their groups could not be joined.
+
+    Args:
+        failed (`Mapping[str, str]`): What went wrong, per name of a backend.
+    """
+
+    def __init__(self, failed: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+        self.failed = dict(failed)
+
+
 class WeightTransport(Protocol):
-    """Moves tensors into groups. The methods block; the pool calls them on a worker thread, one at a time."""
+    """Moves tensors into groups. The methods block; the pool calls them on a worker thread, one at a time.
+
+    What concerns some backends only is raised as [`TransportError`]; the update goes on without them. Anything else
+    ends it.
+    """
 
     def device_uuid(self, device: Any) -> str:
         """Identifies the trainer's device, which must not be one of the server's."""
@@ -42,6 +61,34 @@ class WeightTransport(Protocol):
 
     def close(self) -> None:
         """Leaves all groups."""
+
+
+class JointGroup(Protocol):
+    """The trainer's end of one update group over all servers; it is rank 0. Its methods block."""
+
+    def broadcast(self, buffer: Any) -> None:
+        """Sends a packed buffer to everybody and returns when it may be freed."""
+
+    def close(self) -> None:
+        """Leaves the group, so that whoever waits in it is told."""
+
+
+class JointTransport(Protocol):
+    """Makes such groups."""
+
+    name: str
+    """What the servers call it: the `backend` of their `--weight-transfer-config`."""
+
+    needs_group: bool
+    """Whether tensors move at all."""
+
+    def packer(
+        self, metadata: Sequence[tuple[str, str, list[int]]], buffer_size_bytes: int, device: Any
+    ) -> BufferPacker:
+        """What makes buffers of tensors, as the servers' engine reads them."""
+
+    def open(self, listener: socket.socket, world_size: int, device: Any, timeout: float) -> JointGroup | None:
+        """Is the rendezvous until all servers' workers are there, or `timeout` seconds. Takes the listener over."""
 
 
 class ControlOnlyTransport:
@@ -59,3 +106,37 @@ class ControlOnlyTransport:
 
     def close(self) -> None:
         """Nothing to leave."""
+
+
+class _Nothing:
+    """Counts tensors, and packs none."""
+
+    def __init__(self, metadata: Sequence[tuple[str, str, list[int]]]) -> None:
+        self._expected = [name for name, _, _ in metadata]
+        self._taken = 0
+
+    def add(self, name: str, tensor: Any) -> None:
+        """Checks that it is this tensor's turn."""
+        expected = self._expected[self._taken] if self._taken < len(self._expected) else "no further tensor"
+        if name != expected:
+            raise ValueError(f"tensor {self._taken} is {name!r}, announced was {expected!r}")
+        self._taken += 1
+
+    def flush(self) -> None:
+        """Checks that all were there."""
+        if self._taken < len(self._expected):
+            raise ValueError(f"{self._taken} tensors came, {len(self._expected)} were announced")
+
+
+class ControlOnlyJoint:
+    """The same for one joint group: servers that count announcements and take no tensors."""
+
+    name = "gloo"  # whose announcements it makes
+    needs_group = False
+
+    def packer(self, metadata: Sequence[tuple[str, str, list[int]]], buffer_size_bytes: int, device: Any) -> _Nothing:
+        return _Nothing(metadata)
+
+    def open(self, listener: socket.socket, world_size: int, device: Any, timeout: float) -> None:
+        """Nothing to join."""
+        listener.close()

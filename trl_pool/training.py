@@ -1,0 +1,528 @@
+"""A fleet whose weights are a trainer's: update groups, updates, versions, for both dialects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import importlib.util
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any
+
+import anyio.to_thread
+import msgspec
+
+from .addresses import BackendAddress
+from .backend import Backend
+from .config import PoolConfig
+from .errors import (
+    AttemptError,
+    BackendMismatchError,
+    NoBackendAvailableError,
+    PoolError,
+    RequestRejectedError,
+    WeightSyncError,
+)
+from .exchange import judge
+from .fleet import Fleet, resolve
+from .lifetime import guarded
+from .weights.coordinator import require_all
+from .weights.joint import JointUpdates
+from .weights.separate import SeparateGroups
+from .weights.stream import TensorStream
+from .weights.transport import (
+    ControlOnlyJoint,
+    ControlOnlyTransport,
+    GroupMember,
+    JointTransport,
+    WeightTransport,
+)
+from .weights.transports import GlooJoint, NcclJoint, SeparateTransport, device_type
+
+logger = logging.getLogger(__name__)
+
+caller: contextvars.ContextVar[object] = contextvars.ContextVar("trl_pool_caller", default=None)
+"""Who calls: a weight update may be ended by a `generate` of whoever makes it, and by nobody else's. The synchronous
+face sets it to the calling thread; otherwise it is the task that makes the update, and tasks it starts."""
+
+
+def _me() -> object:
+    if caller.get() is None:
+        caller.set(object())
+    return caller.get()
+
+
+class UpdateFeed:
+    """Takes the tensors of one update, on whatever thread reads them.
+
+    Args:
+        fleet ([`TrainedFleet`]): Whose update.
+        stream ([`TensorStream`], *optional*): Where tensors go that were all announced at once (`vllm` dialect);
+            its `put` blocks and belongs on the thread that reads the tensors. Without it each is announced by itself.
+    """
+
+    def __init__(self, fleet: TrainedFleet, stream: TensorStream | None) -> None:
+        self._fleet, self.stream = fleet, stream
+
+    async def put(self, name: str, tensor: Any) -> None:
+        """Takes one tensor.
+
+        Raises:
+            [`WeightSyncError`]: when it can reach too few servers.
+            `ValueError`: when it is not the one that was announced.
+        """
+        if self.stream is not None:
+            await anyio.to_thread.run_sync(self.stream.put, name, tensor)
+        else:
+            await self._fleet.announce(name, tensor)
+
+    async def close(self) -> None:
+        """There are no more tensors: waits for all to arrive, and publishes unless a `weight_update` goes on."""
+        if self.stream is not None:
+            await anyio.to_thread.run_sync(self.stream.end)
+        await self._fleet.end_feed(self.stream)
+
+    async def abort(self, why: str) -> None:
+        """There will be no more tensors, and what was sent counts for nothing."""
+        if self.stream is not None:
+            self.stream.fail(why)
+        await self._fleet.abort_feed(self.stream, why)
+
+
+class TrainedFleet(Fleet):
+    """A [`Fleet`] that takes weights.
+
+    Args:
+        addresses (`Iterable[BackendAddress]`): The backends to begin with.
+        config ([`PoolConfig`]): Settings.
+        group_port (`int`): First port for update groups.
+        weight_transport ([`WeightTransport`] or [`JointTransport`], *optional*): Instead of NCCL or gloo.
+        options: As [`Fleet`]'s.
+    """
+
+    def __init__(
+        self,
+        addresses: Iterable[BackendAddress],
+        config: PoolConfig,
+        *,
+        group_port: int,
+        weight_transport: WeightTransport | JointTransport | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(addresses, config, **options)
+        self.group_port = group_port
+        self._weight_transport = weight_transport
+        self.separate = SeparateGroups(self._weights, timeout=config.control_timeout)
+        self.joint = JointUpdates(self._weights, config, group_port=group_port, world_sizes=self._world_sizes)
+        self._in_block: object = None
+
+    @property
+    def one_group(self) -> bool:
+        """Whether all servers share one update group (`vllm` dialect)."""
+        return self.dialect.name == "vllm"
+
+    async def close_groups(self) -> None:
+        if self.one_group:
+            await self.joint.close()
+        else:
+            await self.separate.close()
+
+    # Sizes
+
+    @guarded
+    async def get_world_size(self) -> int:
+        """The world size (tensor × data parallel): of a `vllm` fleet the sum, since one update group spans it; of
+        one server of a `trl` fleet, since each has a group of its own.
+
+        Raises:
+            [`BackendMismatchError`]: when `trl` servers differ, naming them.
+            `requests.ConnectionError` ([`NoBackendAvailableError`]): when none answers, or (`vllm`) one that is up.
+        """
+        sizes, failed = await self._world_sizes(self._weights.reachable())
+        if not sizes or (failed and self.one_group):
+            raise NoBackendAvailableError({**self._dispatcher.reasons(), **failed})
+        if self.one_group:
+            return sum(sizes.values())
+        if len(set(sizes.values())) > 1:
+            raise BackendMismatchError(
+                "The servers differ in world size",
+                {self._dispatcher.backends[name].url: f"has {size}" for name, size in sizes.items()},
+            )
+        return next(iter(sizes.values()))
+
+    async def _world_sizes(self, backends: Sequence[Backend]) -> tuple[dict[str, int], dict[str, str]]:
+        """Sizes by name, and what went wrong by URL."""
+
+        async def ask(backend: Backend) -> int | str:
+            try:
+                answer = await backend.exchange.once(
+                    "GET", backend.dialect.world_size_path, timeout=self.config.control_timeout
+                )
+                judge(backend.url, answer)
+                return int(msgspec.json.decode(answer.body, type=dict[str, int])["world_size"])
+            except AttemptError as error:
+                return f"{error.outcome.value}: {error.detail}"
+            except (RequestRejectedError, ValueError, KeyError) as error:
+                return f"did not say: {error}"
+
+        answers = list(zip(backends, await asyncio.gather(*(ask(backend) for backend in backends)), strict=True))
+        sizes = {backend.name: answer for backend, answer in answers if isinstance(answer, int)}
+        return sizes, {backend.url: answer for backend, answer in answers if isinstance(answer, str)}
+
+    # Groups
+
+    @guarded
+    async def init_communicator(self, device: Any = 0) -> None:
+        """Makes the weight update group: one over all `vllm serve` servers, with the trainer as rank 0; or one with
+        every `trl` server, because such a server is the master of its own.
+
+        Args:
+            device (`torch.device`, `str` or `int`, *optional*, defaults to `0`): The trainer's device.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` servers take part, or tensors could not be moved.
+            [`BackendMismatchError`]: when the servers' weight transfer engines differ.
+            `NotImplementedError`: for NCCL without a CUDA device.
+        """
+        if self.one_group:
+            await self.joint.init(self._joint_transport(device), device)
+        else:
+            await self._open_separate(device)
+
+    def _joint_transport(self, device: Any) -> JointTransport:
+        if self._weight_transport is not None:
+            return self._weight_transport  # type: ignore[return-value]
+        identities = {b.url: b.identity for b in self._weights.reachable() if b.identity is not None}
+        engines = {url: identity.weight_transfer for url, identity in identities.items()}
+        if self._transport is not None or (engines and all(engine == "control" for engine in engines.values())):
+            return ControlOnlyJoint()
+        hidden = [url for url, identity in identities.items() if not identity.development]
+        if hidden:
+            raise WeightSyncError(
+                "No weights can be sent: development endpoints are missing; restart with VLLM_SERVER_DEV_MODE=1",
+                dict.fromkeys(hidden, "answers 404 to /server_info"),
+            )
+        without = [url for url, engine in engines.items() if engine is None]
+        if without:
+            raise WeightSyncError(
+                'No weights can be sent: restart with --weight-transfer-config \'{"backend": "nccl"}\' (or "gloo")',
+                dict.fromkeys(without, "has no weight transfer engine"),
+            )
+        if len(set(engines.values())) > 1:
+            raise BackendMismatchError(
+                "The servers' weight transfer engines differ", {url: f"has {e!r}" for url, e in engines.items()}
+            )
+        engine = next(iter(engines.values()), None)
+        if self.config.weight_transport not in ("auto", engine):
+            raise WeightSyncError(
+                f"weight_transport={self.config.weight_transport!r} is not what the servers were started with",
+                dict.fromkeys(engines, f"has {engine!r}"),
+            )
+        if engine == "gloo":
+            return GlooJoint()
+        if engine == "nccl":
+            if device_type(device) != "cuda":
+                raise NotImplementedError(
+                    f"The servers take weights over NCCL, which needs a CUDA device, got {device!r}. On a CPU start "
+                    'them with --weight-transfer-config \'{"backend": "gloo"}\'.'
+                )
+            return NcclJoint()
+        raise WeightSyncError(
+            f"Weight transfer engine {engine!r} is not supported; start the servers with 'nccl' or 'gloo'",
+            dict.fromkeys(engines, f"has {engine!r}"),
+        )
+
+    def _separate_transport(self, members: Sequence[Backend], device: Any) -> WeightTransport:
+        if self._weight_transport is not None:
+            return self._weight_transport  # type: ignore[return-value]
+        if self._transport is not None or all(backend.simulated for backend in members):
+            return ControlOnlyTransport()
+        if importlib.util.find_spec("torch") is None:
+            raise WeightSyncError(
+                "Sending weights needs torch, which is not installed here; nobody was asked to receive any",
+                dict.fromkeys((b.url for b in members), "waits for tensors"),
+            )
+        backend = self.config.weight_transport
+        if backend == "auto":
+            backend = "nccl" if device_type(device) == "cuda" else "gloo"
+        return SeparateTransport(backend, timeout=self.config.control_timeout)
+
+    async def _open_separate(self, device: Any) -> None:
+        members = self._weights.reachable()
+        transport = self._separate_transport(members, device)
+        sizes, failed = await self._world_sizes(members)
+        for url, reason in failed.items():
+            logger.warning("%s is left out of weight updates until the next init_communicator: %s", url, reason)
+        members = [backend for backend in members if backend.name in sizes]
+        groups = []
+        bodies = {}
+        ports: dict[str, int] = {}
+        for backend in members:
+            # Each server's worker binds the port on its own host, so servers that share a host need different ones,
+            # by whatever names they go.
+            host = backend.address.host
+            machine = await resolve(host) if backend.exchange.has_sockets else host
+            port = ports.get(machine, self.group_port)
+            ports[machine] = port + 1
+            world_size = sizes[backend.name] + 1
+            groups.append(GroupMember(backend.name, host, port, world_size, world_size - 1))
+            bodies[backend.name] = msgspec.json.encode(
+                {
+                    "host": "0.0.0.0",
+                    "port": port,
+                    "world_size": world_size,
+                    "client_device_uuid": transport.device_uuid(device),
+                }
+            )
+        results = await self.separate.open(bodies, members, fresh=True)
+        failed.update({r.url: str(r) for r in results.values() if not r.ok})
+        joined = [group for group in groups if results[group.backend].ok]
+        if len(joined) >= self.config.min_backends:
+            lost = await self.separate.join(transport, joined, device)
+            failed.update({self._dispatcher.backends[name].url: reason for name, reason in lost.items()})
+            joined = [group for group in joined if group.backend not in lost]
+        if len(joined) < self.config.min_backends:
+            raise WeightSyncError(
+                f"{len(joined)} servers take part in weight updates, min_backends={self.config.min_backends}",
+                failed or self._dispatcher.reasons(),
+            )
+
+    @guarded
+    async def close_communicator(self) -> None:
+        """Closes the weight update groups. Servers that are gone are passed over, as TRL's client does.
+
+        Raises:
+            [`ControlError`]: when a server answered with an error.
+        """
+        if self.one_group:
+            await self.joint.close()
+            return
+        results = await self.separate.close()
+        require_all(
+            "Closing the communicators",
+            {name: result for name, result in results.items() if result.ok or result.status is not None},
+        )
+
+    # Updates
+
+    @guarded
+    async def update_named_param(self, name: str, weights: Any) -> None:
+        """Sends one parameter to every server of the group.
+
+        On `vllm serve` that is an update of its own, unless inside [`~TrainedFleet.weight_update`]. On a `trl` server
+        the first one closes the gate for requests and waits for those that are out;
+        [`~TrainedFleet.reset_prefix_cache`] or the next generation ends the update.
+
+        A server that fails drops out and is out of sync; the update goes on with the others where it can.
+
+        Args:
+            name (`str`): Name of the parameter.
+            weights (`torch.Tensor`): Its new value.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` servers are left.
+        """
+        if self.one_group:
+            await self.update_named_params([_described(name, weights)], iter([(name, weights)]))
+        else:
+            await self.announce(name, weights)
+
+    async def announce(self, name: str, weights: Any) -> None:
+        """Sends one parameter to every server of a `trl` fleet."""
+        dtype, shape = str(weights.dtype), [int(size) for size in weights.shape]
+        body = msgspec.json.encode({"name": name, "dtype": dtype, "shape": shape})
+        await self.separate.announce(name, body, tensor=weights, owner=_me())
+
+    async def update_named_params(
+        self, metadata: Sequence[tuple[str, str, Sequence[int]]], named_params: Iterable[tuple[str, Any]]
+    ) -> None:
+        """Sends parameters to every server, as one update unless inside [`~TrainedFleet.weight_update`].
+
+        Args:
+            metadata (`list[tuple[str, str, list[int]]]`): `(name, dtype, shape)` per parameter, in the order in which
+                they come; dtypes read `"bfloat16"`.
+            named_params (`Iterator[tuple[str, torch.Tensor]]`): The parameters. Read once, on this thread, and always
+                to its end: its steps may be collectives.
+
+        Raises:
+            [`WeightSyncError`]: at the end, when too few servers got all of them.
+            `ValueError`: when the parameters are not those of `metadata`.
+        """
+        feed: UpdateFeed | None = None
+        failure: Exception | None = None
+        try:
+            feed = await self.open_feed(metadata)
+        except PoolError as error:
+            failure = error
+        try:
+            for name, tensor in named_params:
+                if feed is not None and failure is None:
+                    try:
+                        await feed.put(name, tensor)
+                    except (PoolError, ValueError) as error:
+                        failure = error
+            if feed is not None and failure is None:
+                await feed.close()
+        except BaseException as error:
+            if feed is not None:
+                await feed.abort(f"{type(error).__name__} in the middle of it")
+            raise
+        if failure is not None:
+            if feed is not None:
+                await feed.abort(str(failure))
+            raise failure
+
+    async def update_model_params(self, model: Any) -> None:
+        """Sends every parameter of a model. On `vllm serve` an update that failed is repeated over the servers that
+        are left, up to `config.sync_retries` times.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+
+        Raises:
+            [`WeightSyncError`]: when the last try failed, too.
+        """
+        if not self.one_group:
+            for name, parameter in model.named_parameters():
+                await self.update_named_param(name, parameter.data)
+            return
+        metadata = described(model)
+        for left in tries(self.config.sync_retries):
+            try:
+                named = ((name, parameter.data) for name, parameter in model.named_parameters())
+                await self.update_named_params(metadata, named)
+                return
+            except WeightSyncError as error:
+                if not left:
+                    raise
+                logger.warning("%s; trying again, %d tries left", error, left)
+
+    @contextlib.asynccontextmanager
+    async def weight_update(self) -> AsyncIterator[None]:
+        """Makes one update, with one version, of everything that is sent inside it.
+
+        When its block raises, nothing is published, and whoever took part is out of sync. Generating inside raises.
+        """
+        await self.enter_update()
+        try:
+            yield
+        except BaseException as error:
+            await self.leave_update(error)
+            raise
+        await self.leave_update(None)
+
+    @guarded
+    async def enter_update(self) -> None:
+        """Begins what [`~TrainedFleet.weight_update`] is."""
+        if self._in_block is not None:
+            raise WeightSyncError("weight_update() inside another one; end that first", self._weights.everybody_says())
+        owner = _me()
+        if self.one_group:
+            await self.joint.start(owner)
+        self._in_block = owner
+
+    @guarded
+    async def leave_update(self, error: BaseException | None) -> None:
+        """Ends it; `error` is what its block raised."""
+        self._in_block = None
+        if error is not None:
+            await self._abandon(f"{type(error).__name__} in its block")
+        elif self.one_group:
+            await self.joint.finish()
+        elif self._weights.updating:
+            await self.separate.reset_caches()
+
+    @guarded
+    async def open_feed(self, metadata: Sequence[tuple[str, str, Sequence[int]]]) -> UpdateFeed:
+        """Begins to send parameters; see [`~TrainedFleet.update_named_params`].
+
+        Raises:
+            [`WeightSyncError`]: when there is nobody to send them to.
+        """
+        if not self.one_group:
+            return UpdateFeed(self, None)
+        if self._in_block is None:
+            await self.joint.start(_me())
+        try:
+            return UpdateFeed(self, await self.joint.open_stream(metadata))
+        except BaseException as error:
+            await self._abandon(f"{type(error).__name__} at its announcement")
+            raise
+
+    @guarded
+    async def end_feed(self, stream: TensorStream | None) -> None:
+        """Ends what `open_feed` began."""
+        if stream is not None:
+            await self.joint.close_stream(stream)
+        if self._in_block is not None:
+            return
+        if stream is not None:
+            await self.joint.finish()
+        elif self._weights.updating:
+            await self.separate.reset_caches()
+
+    async def abort_feed(self, stream: TensorStream | None, why: str) -> None:
+        """Ends what `open_feed` began, with nothing published."""
+        if stream is not None:
+            with contextlib.suppress(WeightSyncError):
+                await self.joint.close_stream(stream)
+        await self._abandon(why)
+
+    async def _abandon(self, why: str) -> None:
+        if self.one_group:
+            await self.joint.abort(why)
+        else:
+            self._weights.abandon(why)
+
+    @guarded
+    async def reset_prefix_cache(self) -> None:
+        """Resets the servers' prefix caches. On a `trl` fleet, after `update_named_param`, it ends the update and
+        publishes it; on `vllm serve` every update has done so by itself.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` servers completed an update.
+            [`ControlError`]: when a server says that it failed. One that is gone has no cache.
+        """
+        if self.one_group:
+            was_update = False
+            results = await self.joint.reset_caches()
+        else:
+            was_update = self._weights.updating
+            results = await self.separate.reset_caches()
+        answered = {name: result for name, result in results.items() if result.ok or result.status is not None}
+        if not was_update:
+            require_all("Resetting the prefix caches", answered)
+
+    async def before_request(self) -> None:
+        """A request of whoever makes an update ends it, where it has no end of its own.
+
+        Raises:
+            [`WeightSyncError`]: inside `weight_update()`: the answer would come from nobody knows which weights.
+        """
+        if self._control_only or not self._weights.updating or self._weights.owner != caller.get():
+            return
+        if self._in_block is not None or self.one_group:
+            raise WeightSyncError(
+                "Generating inside weight_update() has no weights to generate with; end the block first",
+                self._weights.everybody_says(),
+            )
+        await self.separate.reset_caches()
+
+
+def tries(retries: int) -> Iterator[int]:
+    """Counts down the tries that are left after each."""
+    return iter(range(retries, -1, -1))
+
+
+def _described(name: str, tensor: Any) -> tuple[str, str, list[int]]:
+    return name, str(tensor.dtype).removeprefix("torch."), [int(size) for size in tensor.shape]
+
+
+def described(model: Any) -> list[tuple[str, str, list[int]]]:
+    """`(name, dtype, shape)` of every parameter of a model.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+    """
+    return [_described(name, parameter) for name, parameter in model.named_parameters()]

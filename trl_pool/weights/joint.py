@@ -1,0 +1,490 @@
+"""Weight updates of the `vllm` dialect: one update group over all servers, one broadcast whatever their number.
+
+The trainer is rank 0 and the rendezvous; the servers' workers follow at consecutive rank offsets. An update begins
+with `/start_weight_update` and ends with `/finish_weight_update`; what comes in between is one weight version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import msgspec
+
+from ..backend import Backend
+from ..config import PoolConfig
+from ..errors import AttemptError, ControlResult, WeightSyncError
+from ..identity import Identity, weight_version
+from . import wire
+from .coordinator import Update, WeightCoordinator
+from .packing import Metadata
+from .rendezvous import listen, local_address
+from .stream import TensorStream
+from .transport import JointGroup, JointTransport
+from .worker import DaemonWorker
+
+logger = logging.getLogger(__name__)
+
+_INIT, _START = "/init_weight_transfer_engine", "/start_weight_update"
+_UPDATE, _FINISH = "/update_weights", "/finish_weight_update"
+_RESET = "/reset_prefix_cache"
+_WATCH_SECONDS = 0.5
+_PORTS = 1000  # tried for a rendezvous
+
+Sizes = Callable[[Sequence[Backend]], Any]
+
+
+class JointUpdates:
+    """Makes the update group, streams tensors into it, and sees to it that nobody waits for ever.
+
+    Args:
+        books ([`WeightCoordinator`]): Who takes part and which version everybody holds.
+        config ([`PoolConfig`]): Time-outs and buffer size.
+        group_port (`int`): First port of the rendezvous; each further group takes a later one.
+        world_sizes (`Callable`): Asks backends for their world sizes: sizes by name, and what went wrong by URL.
+    """
+
+    def __init__(self, books: WeightCoordinator, config: PoolConfig, *, group_port: int, world_sizes: Sizes) -> None:
+        self._books, self._config = books, config
+        self._first_port = self._port = group_port
+        self._world_sizes = world_sizes
+        self._worker = DaemonWorker("trl-pool-weights")
+        self._transport: JointTransport | None = None
+        self._device: Any = None
+        self._group: JointGroup | None = None
+        self._watch: asyncio.Task[dict[str, ControlResult]] | None = None
+        self._paused: list[Backend] = []
+
+    def __repr__(self) -> str:
+        return f"<JointUpdates over {self._books.group}, group {self._group!r}>"
+
+    # The group
+
+    async def init(self, transport: JointTransport, device: Any) -> None:
+        """Makes the group with every server that is up.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` take part.
+        """
+        self._transport, self._device = transport, device
+        async with self._books.alone("a weight update group is being made"):
+            self._books.abandon("its update group was replaced")
+            await self._regroup()
+
+    async def close(self) -> None:
+        """Leaves the group. The servers keep their side until the next one replaces it."""
+        await self.abort("the communicator was closed")
+        await self._leave()
+        self._worker.close()
+
+    async def _leave(self) -> None:
+        group, self._group = self._group, None
+        self._books.regroup(())
+        if group is not None:
+            try:
+                async with asyncio.timeout(self._config.control_timeout):
+                    await self._worker.run(group.close)
+            except TimeoutError:
+                self._give_up_worker()
+            except Exception as error:
+                logger.debug("Closing the update group: %s", error)
+
+    def _give_up_worker(self) -> None:
+        """Its thread hangs in a collective; it is a daemon, and nobody waits for it."""
+        self._worker = DaemonWorker("trl-pool-weights")
+
+    def _candidates(self) -> list[Backend]:
+        return [b for b in self._books.reachable() if b.identity is not None and b.refusal is None]
+
+    async def _reconcile(self) -> None:
+        """Makes the group anew if it is not exactly that of the servers that can be reached now."""
+        if self._transport is None:
+            raise WeightSyncError(
+                "There is no weight update group; call init_communicator first", self._books.everybody_says()
+            )
+        now = {b.name: b.incarnation for b in self._candidates()}
+        if now != self._books.grouping or (self._group is None and self._transport.needs_group):
+            await self._regroup()
+
+    async def _regroup(self) -> None:
+        """Makes a group, without those that fail to join it."""
+        assert self._transport is not None
+        await self._leave()
+        failed: dict[str, ControlResult | str] = {}
+        for _ in range(3):
+            members = [b for b in self._candidates() if b.url not in failed]
+            sizes, unknown = await self._world_sizes(members)
+            failed.update(unknown)
+            members = [b for b in members if b.name in sizes]
+            if len(members) < self._config.min_backends or not members:
+                break
+            results = await self._join(members, sizes)
+            failed.update({result.url: result for result in results.values() if not result.ok})
+            if all(result.ok for result in results.values()):
+                self._books.regroup(members)
+                for url, reason in failed.items():
+                    logger.warning("%s is not in the weight update group: %s", url, reason)
+                return
+            await self._leave()
+        raise WeightSyncError(
+            f"No weight update group of at least min_backends={self._config.min_backends} servers came together",
+            failed or self._books.everybody_says(),
+        )
+
+    async def _join(self, members: Sequence[Backend], sizes: Mapping[str, int]) -> dict[str, ControlResult]:
+        """Everybody joins at once: the servers' calls return when the trainer has joined, and the other way round."""
+        transport = self._transport
+        assert transport is not None
+        world_size = 1 + sum(sizes[b.name] for b in members)
+        host = self._config.update_group_host or _own_address(members)
+        listener = self._listen(host)
+        port = int(listener.getsockname()[1])
+        bodies: dict[str, bytes] = {}
+        offset = 1
+        for backend in members:
+            identity = backend.identity or Identity("vllm")
+            info = wire.init_info(
+                transport.name,
+                host,
+                port,
+                offset,
+                world_size,
+                vllm_version=identity.version,
+                buffer_size_bytes=self._buffer_bytes,
+                timeout_seconds=self._config.control_timeout,
+            )
+            bodies[backend.name] = msgspec.json.encode({"init_info": info})
+            offset += sizes[backend.name]
+        joining = asyncio.ensure_future(
+            self._worker.run(transport.open, listener, world_size, self._device, self._join_seconds)
+        )
+        calls = asyncio.ensure_future(
+            self._books.broadcast(_INIT, bodies, members, timeout=self._join_seconds + _WATCH_SECONDS)
+        )
+        error: BaseException | None = None
+        done, _ = await asyncio.wait({joining, calls}, timeout=self._join_seconds + 2 * _WATCH_SECONDS)
+        results = await calls
+        if joining in done or joining.done():
+            error = joining.exception()
+            if error is None:
+                self._group = joining.result()
+        else:
+            joining.cancel()
+            self._give_up_worker()
+            error = TimeoutError(f"the group did not come together within {self._join_seconds:g} s")
+        if error is not None:
+            reason = f"the trainer could not join the group at port {port}: {error}"
+            results = {
+                name: ControlResult(r.url, False, f"{r.message}; {reason}" if not r.ok else reason)
+                for name, r in results.items()
+            }
+            if all(r.message == reason for r in results.values()):  # nobody else's fault
+                raise WeightSyncError(
+                    "The weight update group did not come together", {r.url: r for r in results.values()}
+                )
+        return results
+
+    @property
+    def _join_seconds(self) -> float:
+        return min(60.0, self._config.control_timeout)
+
+    @property
+    def _buffer_bytes(self) -> int:
+        return self._config.weight_buffer_mb * 2**20
+
+    def _listen(self, host: str) -> socket.socket:
+        """The rendezvous, open before anybody is told of it; on a new port for every group, since the last one's
+        sockets may linger."""
+        while True:
+            port, self._port = self._port, self._port + 1
+            try:
+                return listen(host, port)
+            except OSError:
+                if port >= self._first_port + _PORTS:
+                    raise
+
+    # An update
+
+    async def start(self, owner: object) -> None:
+        """Begins an update with everybody who can be reached: gate, drain, membership, healing, start.
+
+        Raises:
+            [`WeightSyncError`]: when it could not begin; nobody holds anything new then.
+        """
+        books = self._books
+        async with books.alone("a weight update waits for requests that are out", undrained=self._pause):
+            if books.update is not None:
+                raise WeightSyncError("A weight update is under way already; end it first", books.everybody_says())
+            await self._reconcile()
+            update = books.begin(owner)
+            books.extend()
+            try:
+                await self._heal(update)
+                for backend in update.members.values():
+                    backend.sync.half = True
+                books.drop(update, await books.broadcast(_START, _empty(update), update.members.values()))
+            except BaseException as error:
+                await self.abort(f"{type(error).__name__} at its start")
+                raise
+
+    async def _pause(self) -> None:
+        """Freezes requests that did not end in time. They go on after the update, with the new weights."""
+        working = [b for b in self._books.reachable() if b.working]
+        logger.warning("Pausing %s: requests did not end within drain_timeout", ", ".join(b.url for b in working))
+        results = await self._books.broadcast("/pause?mode=keep", {}, working)
+        self._paused = [b for b in working if results[b.name].ok]
+        if len(self._paused) < len(working):
+            failed = {r.url: r for r in results.values() if not r.ok}
+            await self._resume()
+            raise WeightSyncError("Requests did not end within drain_timeout, and could not be paused", failed)
+
+    async def _resume(self) -> None:
+        paused, self._paused = self._paused, []
+        if paused:
+            await self._books.broadcast("/resume", {}, paused)
+
+    async def _heal(self, update: Update) -> None:
+        """A server whose last update did not reach its end has a layerwise reload half done: it is brought to its
+        end, and a whole one without tensors follows."""
+        ill = [b for b in update.members.values() if b.sync.half]
+        if not ill:
+            return
+        logger.warning("Healing %s after an update that did not end", ", ".join(b.url for b in ill))
+        await self._books.broadcast(_FINISH, _empty(update), ill)  # an error when none was active
+        self._books.drop(update, await self._books.broadcast(_START, _empty(update), ill))
+        ill = [b for b in ill if b.name in update.members]
+        self._books.drop(update, await self._books.broadcast(_FINISH, _empty(update), ill))
+        for backend in ill:
+            backend.sync.half = False
+
+    async def open_stream(self, metadata: Metadata) -> TensorStream:
+        """Announces tensors to everybody in the update and lets them flow.
+
+        Args:
+            metadata (`Iterable[tuple[str, str, Sequence[int]]]`): `(name, dtype name, shape)` per tensor, in order.
+
+        Raises:
+            [`WeightSyncError`]: when there is no update to take them.
+        """
+        books = self._books
+        update = self._under_way()
+        books.extend()
+        books.drop_restarted(update)
+        announced = [(name, dtype, list(shape)) for name, dtype, shape in metadata]
+        assert self._transport is not None
+        stream = TensorStream(self._transport.packer(announced, self._buffer_bytes, self._device))
+        for name, _, _ in announced:
+            books.sent(name)
+        bodies = {}
+        for backend in update.members.values():
+            version = None if backend.identity is None else backend.identity.version
+            info = wire.update_info(
+                self._transport.name, announced, vllm_version=version, buffer_size_bytes=self._buffer_bytes
+            )
+            bodies[backend.name] = msgspec.json.encode({"update_info": info})
+        self._watch = asyncio.create_task(self._carry(update, stream, bodies))
+        update.names.update(name for name, _, _ in announced)
+        return stream
+
+    async def close_stream(self, stream: TensorStream) -> None:
+        """Waits until every tensor has arrived.
+
+        Raises:
+            [`WeightSyncError`]: naming each backend's outcome; those that took part are out of sync.
+        """
+        watch, self._watch = self._watch, None
+        assert watch is not None
+        try:
+            results = await watch
+        except BaseException:
+            await self.abort("its end was not waited for")
+            raise
+        update = self._books.update
+        if stream.failure is None and update is not None:
+            self._books.extend()
+            return
+        # Everybody who was in the broadcast may hold a part of it.
+        await self.abort(f"tensors did not arrive: {stream.failure}")
+        await self._leave()
+        raise WeightSyncError(
+            f"Weight update v{self._books.number + 1} failed after {stream.bytes} bytes ({stream.failure}); whoever "
+            "took part serves again after the next whole update",
+            {result.url: result for result in results.values()},
+        )
+
+    async def _carry(
+        self, update: Update, stream: TensorStream, bodies: Mapping[str, bytes]
+    ) -> dict[str, ControlResult]:
+        """The servers' calls and the trainer's sending at the same time; the first that fails ends them all."""
+        books, limit = self._books, self._config.control_timeout
+        group = self._group
+
+        def send() -> None:
+            for buffer in stream.buffers():
+                if group is not None:
+                    group.broadcast(buffer)
+
+        members = list(update.members.values())
+        by_task = {
+            asyncio.create_task(books.call(b, _UPDATE, bodies[b.name], timeout=float("inf"))): b.name for b in members
+        }
+        sending = asyncio.ensure_future(self._worker.run(send))
+        results: dict[str, ControlResult] = {}
+        pending: set[asyncio.Future[Any]] = {sending, *by_task}
+        loop = asyncio.get_running_loop()
+        sent_at: float | None = None
+        seen = 0
+        try:
+            while pending and stream.failure is None:
+                done, pending = await asyncio.wait(
+                    pending, timeout=_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    if task is sending:
+                        sent_at = loop.time()
+                        if sending.exception() is not None:
+                            stream.fail(f"the broadcast failed: {sending.exception()}")
+                        continue
+                    name = by_task[cast(asyncio.Task[ControlResult], task)]
+                    results[name] = task.result()
+                    if not results[name].ok:
+                        stream.fail(f"{results[name].url} {results[name].message}")
+                if stream.seconds_stuck() > limit:
+                    stream.fail(f"no buffer arrived for {limit:g} s")
+                if sent_at is not None and loop.time() - sent_at > limit:
+                    stream.fail(f"not everybody confirmed within {limit:g} s")
+                restarted = [b.url for b in members if b.incarnation != update.incarnations.get(b.name)]
+                if restarted:
+                    stream.fail(f"{', '.join(restarted)} was lost or restarted")
+                if books.update is not update:
+                    stream.fail("the update was abandoned")
+                elif stream.tensors != seen:
+                    seen = stream.tensors
+                    books.extend()
+        except BaseException as error:
+            stream.fail(error)
+            raise
+        finally:
+            if stream.failure is not None:
+                await self._break_up(sending, by_task, members, results)
+        return results
+
+    async def _break_up(
+        self,
+        sending: asyncio.Future[None],
+        calls: Mapping[asyncio.Task[ControlResult], str],
+        members: Sequence[Backend],
+        results: dict[str, ControlResult],
+    ) -> None:
+        """Frees the survivors of a failed broadcast, as far as that is possible, and collects what they say."""
+        grace = min(10.0, self._config.control_timeout)
+        await asyncio.wait({sending}, timeout=grace)
+        if not sending.done():
+            sending.cancel()
+            self._give_up_worker()
+            self._group = None
+        else:
+            # Survivors wait for a rank that is gone until the group is closed.
+            await self._leave()
+        waiting = {task for task in calls if not task.done()}
+        if waiting:
+            await asyncio.wait(waiting, timeout=grace)
+        for task, name in calls.items():
+            backend = next(b for b in members if b.name == name)
+            if task.done() and not task.cancelled():
+                results[name] = task.result()
+            else:
+                task.cancel()
+                results[name] = ControlResult(
+                    backend.url,
+                    False,
+                    "has not returned from the update; it takes part in nothing until it does or is restarted",
+                )
+            if results[name].ok:
+                results[name] = ControlResult(backend.url, False, "took a part of it")
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def finish(self) -> None:
+        """Ends the update: finish, caches, check, publish.
+
+        Raises:
+            [`WeightSyncError`]: when fewer than `min_backends` confirmed it.
+        """
+        books = self._books
+        async with books.turn:
+            update = self._under_way()
+            version = books.version_of(books.number + 1)
+            keepers = {b.name for b in update.members.values() if b.identity is not None and b.identity.keeps_version}
+            try:
+                books.drop_restarted(update)
+                named = msgspec.json.encode({"weight_version": version})
+                bodies = {name: named if name in keepers else b"{}" for name in update.members}
+                books.drop(update, await books.broadcast(_FINISH, bodies, update.members.values()))
+                for backend in update.members.values():
+                    backend.sync.half = False
+                reset = f"{_RESET}?reset_running_requests=true" if self._paused else _RESET
+                books.drop(update, await books.broadcast(reset, {}, update.members.values()))
+                books.drop(update, await self._unconfirmed(update, keepers, version))
+                books.drop_restarted(update)
+            except BaseException as error:
+                await self.abort(f"{type(error).__name__} at its end")
+                raise
+            await self._resume()
+            for backend in update.members.values():
+                if backend.name in keepers:
+                    backend.health.model_version = version
+            books.publish(update)
+
+    async def _unconfirmed(self, update: Update, keepers: set[str], version: str) -> dict[str, ControlResult]:
+        """Servers that report another version than the one they were just given."""
+
+        async def ask(backend: Backend) -> ControlResult:
+            try:
+                told = await weight_version(backend.exchange, timeout=self._config.control_timeout)
+            except AttemptError as error:
+                return ControlResult(backend.url, False, f"did not say its weight version: {error.detail}")
+            said = f"reports weights {told!r} after the update to {version!r}"
+            return ControlResult(backend.url, told == version, "" if told == version else said)
+
+        whom = [b for b in update.members.values() if b.name in keepers]
+        results = await asyncio.gather(*map(ask, whom))
+        return {b.name: result for b, result in zip(whom, results, strict=True)}
+
+    async def abort(self, why: str) -> None:
+        """Ends the update without publishing it; whoever took part is out of sync."""
+        self._books.abandon(why)
+        await self._resume()
+
+    def _under_way(self) -> Update:
+        update = self._books.update
+        if update is None:
+            raise WeightSyncError(
+                "There is no weight update under way (it may have been abandoned)", self._books.everybody_says()
+            )
+        return update
+
+    async def reset_caches(self) -> dict[str, ControlResult]:
+        """Resets prefix caches outside an update."""
+        async with self._books.alone("prefix caches are being reset"):
+            return await self._books.broadcast(_RESET, {}, self._books.holders())
+
+
+def _empty(update: Update) -> dict[str, bytes | None]:
+    return dict.fromkeys(update.members, b"{}")
+
+
+def _own_address(backends: Sequence[Backend]) -> str:
+    """The address of this machine that every backend can reach: one that faces a backend on another machine, if any
+    is. (The members of a group connect to each other, too, so one address serves for all.)"""
+    found = None
+    for backend in backends:
+        if backend.exchange.has_sockets:
+            address = local_address(backend.address.host, backend.address.port)
+            if address is not None and not ipaddress.ip_address(address).is_loopback:
+                return address
+            found = found or address
+    return found or "127.0.0.1"
