@@ -84,6 +84,7 @@ class GlooGroup:
         process_group = self._process_group
         if process_group is None:
             raise ConnectionError(f"{self!r} cannot be used any more")
+        work: Any = None
         started = time.monotonic()
         try:
             # As bytes: gloo does not know every dtype.
@@ -92,6 +93,8 @@ class GlooGroup:
         except RuntimeError as error:
             problem = failure(error, f"A broadcast of {tensor.nbytes} bytes from rank {src}", started, self.timeout)
             self.close()
+            # The traceback keeps this frame, and must not keep the connections: the others would wait in vain.
+            process_group = work = None
             raise problem from error
 
     def close(self) -> None:
