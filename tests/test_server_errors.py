@@ -19,7 +19,13 @@ from test_server_process import BODIES, SENTENCE, Gateway, gateways, http
 from trl_pool import errors
 from trl_pool.errors import Attempt, Outcome, PoolError
 from trl_pool.server import GatewaySettings, create_app
-from trl_pool.server.failures import STATUS, BodyTooLargeError, ClientGoneError, ShuttingDownError
+from trl_pool.server.failures import (
+    STATUS,
+    BodyTooLargeError,
+    ClientGoneError,
+    ShuttingDownError,
+    WrongDialectError,
+)
 from trl_pool.sim import SimProcess
 from trl_pool.sim.faults import ENDPOINTS
 
@@ -85,6 +91,7 @@ EVERY_ERROR: dict[type[PoolError], tuple[int, PoolError]] = {
     BodyTooLargeError: (413, BodyTooLargeError("x")),
     ClientGoneError: (499, ClientGoneError("x")),
     ShuttingDownError: (503, ShuttingDownError("x")),
+    WrongDialectError: (404, WrongDialectError("x")),
 }
 
 

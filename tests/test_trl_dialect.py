@@ -147,7 +147,7 @@ def test_servers_are_as_the_protocol_notes_say() -> None:
     assert DIALECT.scoring_is_exclusive
     assert not DIALECT.survives_bad_requests
     assert DIALECT.close_group_path == "/close_communicator/"
-    served = [endpoint for endpoint in Endpoint if endpoint is not Endpoint.RENDER]
+    served = [endpoint for endpoint in Endpoint if endpoint not in (Endpoint.RENDER, Endpoint.PASS)]
     paths = {endpoint: DIALECT.path(Job(endpoint, [])) for endpoint in served}
     assert paths == {
         Endpoint.GENERATE: "/generate/",

@@ -39,6 +39,11 @@ def affinity_key(unit: Any, prefix_chars: int) -> str:
     return ",".join(map(str, unit[: max(1, prefix_chars // CHARS_PER_TOKEN)]))
 
 
+def session_key(session_id: str) -> str:
+    """What a session is hashed by."""
+    return f"session:{session_id}"
+
+
 def _content_text(content: Any) -> str:
     if isinstance(content, list):
         return " ".join(str(part.get("text", part.get("type"))) for part in content if isinstance(part, dict))

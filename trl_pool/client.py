@@ -426,6 +426,14 @@ class VLLMClientPool:
         """See [`AsyncVLLMClientPool.close_communicator`]."""
         self._call(self._pool.close_communicator)
 
+    def load_lora_adapter(self, /, lora_name: str, lora_path: str, **options: Any) -> None:
+        """See [`AsyncVLLMClientPool.load_lora_adapter`]."""
+        self._call(self._pool.load_lora_adapter, lora_name, lora_path, **options)
+
+    def unload_lora_adapter(self, lora_name: str) -> None:
+        """See [`AsyncVLLMClientPool.unload_lora_adapter`]."""
+        self._call(self._pool.unload_lora_adapter, lora_name)
+
     def add_backend(self, url: str) -> str:
         """See [`AsyncVLLMClientPool.add_backend`]."""
         return self._call(self._pool.add_backend, url)

@@ -8,7 +8,7 @@ import email.utils
 import functools
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,6 +224,65 @@ class Exchange:
         headers: Mapping[str, str] | None,
         trace: _Trace,
     ) -> Answer:
+        request = self._request(client, method, path, body, timeout, headers, trace)
+        with self._counted():
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await client.send(request)
+            except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+                raise translate(self.url, error, timeout) from error
+        return Answer(response.status_code, response.headers, response.content)
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, path: str, body: bytes, *, timeout: float, headers: Mapping[str, str]
+    ) -> AsyncIterator[httpx.Response]:
+        """Sends a request over a new connection, and gives the answer as soon as its head is there.
+
+        Args:
+            path (`str`): Where to.
+            body (`bytes`): What.
+            timeout (`float`): Seconds until the head, and then between two pieces of the body.
+            headers (`Mapping[str, str]`): Sent along.
+
+        Raises:
+            [`AttemptError`]: when there is no answer.
+        """
+        request = self._request(self._fresh, "POST", path, body, timeout, headers, _Trace())
+        request.extensions["timeout"]["read"] = timeout
+        with self._counted():
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await self._fresh.send(request, stream=True)
+            except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+                raise translate(self.url, error, timeout) from error
+            try:
+                yield response
+            finally:
+                await response.aclose()
+
+    async def read(self, response: httpx.Response) -> Answer:
+        """The whole of a streamed answer.
+
+        Raises:
+            [`AttemptError`]: when it breaks off.
+        """
+        try:
+            body = await response.aread()
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise translate(self.url, error, None) from error
+        return Answer(response.status_code, response.headers, body)
+
+    def _request(
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: bytes | None,
+        timeout: float | None,
+        headers: Mapping[str, str] | None,
+        trace: _Trace,
+    ) -> httpx.Request:
         if self._closed:
             raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
         request = client.build_request(
@@ -239,18 +298,19 @@ class Exchange:
             # Below the whole: "no connection" and "no answer" mean different things.
             timeouts["connect"] = min(timeouts["connect"] or timeout, 0.8 * timeout)
         request.extensions["timeout"] = timeouts
+        return request
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What is under way is waited for when the connections are closed."""
         self._under_way += 1
         self._idle.clear()
         try:
-            async with asyncio.timeout(timeout):
-                response = await client.send(request)
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-            raise translate(self.url, error, timeout) from error
+            yield
         finally:
             self._under_way -= 1
             if not self._under_way:
                 self._idle.set()
-        return Answer(response.status_code, response.headers, response.content)
 
 
 def translate(url: str, error: BaseException, timeout: float | None) -> AttemptError:

@@ -142,8 +142,12 @@ class Fleet:
             doubted=self._monitor.probe_soon,
         )
 
-    def _recognised(self, backend: Backend, identity: Identity) -> None:
+    async def restore(self, backend: Backend, identity: Identity) -> None:
+        """Gives a server what it should have before it serves; a fleet without weights has nothing to give."""
+
+    async def _recognised(self, backend: Backend, identity: Identity) -> None:
         """Compares a server that has said who it is with those that have before it."""
+        await self.restore(backend, identity)
         others = [
             b
             for b in self._dispatcher.backends.values()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import msgspec
 
@@ -72,7 +72,7 @@ class HealthMonitor:
         config ([`PoolConfig`]): Interval and time-out.
         rng (`random.Random`): For the jitter between rounds.
         changed (`Callable[[], None]`): Called after every round.
-        recognised (`Callable[[Backend, Identity], None]`): Called when a server has said who it is.
+        recognised (`Callable[[Backend, Identity], Awaitable[None]]`): Called when a server has said who it is.
         version_of (`Callable[[int], str]`): How a weight version reads that the pool has given out.
     """
 
@@ -83,7 +83,7 @@ class HealthMonitor:
         *,
         rng: random.Random,
         changed: Callable[[], None],
-        recognised: Callable[[Backend, Identity], None],
+        recognised: Callable[[Backend, Identity], Awaitable[None]],
         version_of: Callable[[int], str],
     ) -> None:
         self._backends, self._config, self._rng, self._changed = backends, config, rng, changed
@@ -204,7 +204,7 @@ class HealthMonitor:
         identity = await identify(backend.exchange, answer, timeout=max(timeout, _IDENTIFY_SECONDS))
         if identity is None or incarnation != backend.incarnation:
             return False
-        self._recognised(backend, identity)
+        await self._recognised(backend, identity)
         return True
 
     async def _ask_weights(self, backend: Backend, timeout: float) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import anyio.to_thread
@@ -14,18 +15,17 @@ import httpx
 import msgspec
 from pydantic import SecretStr
 
-from . import validation
+from . import balancer, validation
 from .config import PoolConfig
 from .dialects.base import Endpoint, Job
 from .dialects.trl_requests import ChatRequest, GenerateRequest, SequenceLogprobsRequest
 from .errors import (
-    AttemptError,
     InvalidRequestError,
-    NoBackendAvailableError,
     RequestRejectedError,
 )
 from .exchange import judge
 from .fleet import DEFAULT_HOST, DEFAULT_PORT, resolve_backends
+from .forwarding import Forwarder
 from .lifetime import guarded
 from .media import encode_images, encode_messages, tool_schema
 from .rollout import ProgressBar, Rollout, RolloutReport, RolloutResult, Route
@@ -374,23 +374,15 @@ class AsyncVLLMClientPool(TrainedFleet):
         """
         if self.dialect.name != "vllm":
             raise RuntimeError("`trl vllm-serve` does not tell its configuration")
-        reasons: dict[str, str] = {}
-        for backend in self._weights.reachable():
-            try:
-                answer = await backend.exchange.once(
-                    "GET", "/server_info?config_format=json", timeout=self.config.control_timeout
-                )
-                judge(backend.url, answer)
-                config: dict[str, Any] = msgspec.json.decode(answer.body)["vllm_config"]
-                return config
-            except (AttemptError, RequestRejectedError, ValueError, KeyError) as error:
-                reasons[backend.url] = str(error)
-        if any("404" in reason for reason in reasons.values()):
+        answer = await self.ask_one("/server_info?config_format=json")
+        if answer.status == 404:
             raise RuntimeError(
                 "The servers do not expose their development endpoints, which weight updates need; restart them with "
-                f"VLLM_SERVER_DEV_MODE=1 in their environment ({reasons})"
+                "VLLM_SERVER_DEV_MODE=1 in their environment"
             )
-        raise NoBackendAvailableError(reasons or self._dispatcher.reasons())
+        judge("A server", answer)
+        config: dict[str, Any] = msgspec.json.decode(answer.body)["vllm_config"]
+        return config
 
     # Beyond VLLMClient
 
@@ -424,6 +416,25 @@ class AsyncVLLMClientPool(TrainedFleet):
     def _route(self, session_id: str | None, max_concurrent_requests: int = 1) -> Route:
         session_id = self.session_id if session_id is None else session_id
         return Route(session_id, per_backend=max_concurrent_requests)
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, path: str, body: bytes, *, key: str, weight: int, session_id: str | None, headers: Mapping[str, str]
+    ) -> AsyncIterator[tuple[str, httpx.Response]]:
+        """Passes a request on to one server and its answer back as it comes; see [`Forwarder.stream`]."""
+        session_id = self.session_id if session_id is None else session_id
+        forwarder = Forwarder(self._dispatcher, self.config, clock=self._clock)
+        async with (
+            self.lifetime.in_use(),
+            forwarder.stream(
+                path,
+                body,
+                key=key if session_id is None else balancer.session_key(session_id),
+                weight=weight,
+                headers=headers,
+            ) as streamed,
+        ):
+            yield streamed
 
     async def _value(self, job: Job, route: Route, progress: bool | None, what: str) -> dict[str, Any]:
         if not (self.config.progress if progress is None else progress):

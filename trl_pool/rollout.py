@@ -208,7 +208,7 @@ class Rollout:
 
     def _keys(self) -> list[str]:
         if self._route.session_id is not None:
-            return [f"session:{self._route.session_id}"] * len(self._job.units)
+            return [balancer.session_key(self._route.session_id)] * len(self._job.units)
         chars = self._config.prompt_sticky_prefix_chars
         scoring = self._job.endpoint is Endpoint.SCORE
         return [balancer.affinity_key(unit[0] if scoring else unit, chars) for unit in self._job.units]

@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import importlib.util
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import anyio.to_thread
@@ -19,16 +19,20 @@ from .config import PoolConfig
 from .errors import (
     AttemptError,
     BackendMismatchError,
+    ControlResult,
     NoBackendAvailableError,
+    Outcome,
     PoolError,
     RequestRejectedError,
     WeightSyncError,
 )
-from .exchange import judge
+from .exchange import Answer, judge
 from .fleet import Fleet, resolve
+from .identity import Identity
 from .lifetime import guarded
 from .weights.coordinator import require_all
 from .weights.joint import JointUpdates
+from .weights.relay import RelayedUpdates
 from .weights.separate import SeparateGroups
 from .weights.stream import TensorStream
 from .weights.transport import (
@@ -115,6 +119,8 @@ class TrainedFleet(Fleet):
         self._weight_transport = weight_transport
         self.separate = SeparateGroups(self._weights, timeout=config.control_timeout)
         self.joint = JointUpdates(self._weights, config, group_port=group_port, world_sizes=self._world_sizes)
+        self.relay = RelayedUpdates(self._weights, config, world_sizes=self._world_sizes)
+        self._adapters: dict[str, bytes] = {}
         self._in_block: object = None
 
     @property
@@ -169,6 +175,44 @@ class TrainedFleet(Fleet):
         answers = list(zip(backends, await asyncio.gather(*(ask(backend) for backend in backends)), strict=True))
         sizes = {backend.name: answer for backend, answer in answers if isinstance(answer, int)}
         return sizes, {backend.url: answer for backend, answer in answers if isinstance(answer, str)}
+
+    @guarded
+    async def ask_one(self, path: str, *, headers: Mapping[str, str] | None = None) -> Answer:
+        """One server's answer to a GET, 200 or 4xx; the next one is asked if one does not answer.
+
+        Raises:
+            `requests.ConnectionError` ([`NoBackendAvailableError`]): when none does.
+        """
+        reasons: dict[str, str] = {}
+        for backend in self._weights.reachable():
+            try:
+                answer = await backend.exchange.once("GET", path, timeout=self.config.control_timeout, headers=headers)
+                with contextlib.suppress(RequestRejectedError):
+                    judge(backend.url, answer)
+                return answer
+            except AttemptError as error:
+                reasons[backend.url] = f"{error.outcome.value}: {error.detail}"
+        raise NoBackendAvailableError({**self._dispatcher.reasons(), **reasons})
+
+    @guarded
+    async def ask_all(self, path: str) -> dict[str, dict[str, Any]]:
+        """What every server answers to a GET, as JSON objects per URL.
+
+        Raises:
+            [`ControlError`]: naming those that do not answer.
+        """
+
+        async def ask(backend: Backend) -> ControlResult:
+            try:
+                answer = await backend.exchange.once("GET", path, timeout=self.config.control_timeout)
+                judge(backend.url, answer)
+            except (AttemptError, RequestRejectedError) as error:
+                return ControlResult(backend.url, False, str(error))
+            return ControlResult(backend.url, True, answer.body.decode("utf-8", "replace"), answer.status)
+
+        results = await asyncio.gather(*map(ask, self._weights.everybody()))
+        require_all(f"GET {path}", {result.url: result for result in results})
+        return {result.url: msgspec.json.decode(result.message, type=dict[str, Any]) for result in results}
 
     # Groups
 
@@ -303,6 +347,66 @@ class TrainedFleet(Fleet):
             "Closing the communicators",
             {name: result for name, result in results.items() if result.ok or result.status is not None},
         )
+
+    # Adapters
+
+    @guarded
+    async def load_lora_adapter(self, /, lora_name: str, lora_path: str, **options: Any) -> None:
+        """Loads a LoRA adapter into every `vllm serve` (started with `--enable-lora` and
+        `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`), and later into those that come back, before they serve.
+
+        A request names it as its model: `generation_kwargs={"model": lora_name}`.
+
+        Args:
+            lora_name (`str`): Its name.
+            lora_path (`str`): Where the servers find it.
+            options: Further fields of the request, `load_inplace` for one.
+
+        Raises:
+            [`ControlError`]: when a server did not take it; the others have it.
+        """
+        body = msgspec.json.encode({"lora_name": lora_name, "lora_path": lora_path, **options})
+        require_all(f"Loading adapter {lora_name!r}", await self.broadcast_adapter(lora_name, body, load=True))
+
+    @guarded
+    async def unload_lora_adapter(self, lora_name: str) -> None:
+        """Takes a LoRA adapter out of every server.
+
+        Args:
+            lora_name (`str`): Its name.
+
+        Raises:
+            [`ControlError`]: when a server did not do so.
+        """
+        body = msgspec.json.encode({"lora_name": lora_name})
+        require_all(f"Unloading adapter {lora_name!r}", await self.broadcast_adapter(lora_name, body, load=False))
+
+    async def broadcast_adapter(self, lora_name: str, body: bytes, *, load: bool) -> dict[str, ControlResult]:
+        """Loads or unloads an adapter everywhere, and remembers it for servers that come back."""
+        if not load:
+            self._adapters.pop(lora_name, None)
+        path = "/v1/load_lora_adapter" if load else "/v1/unload_lora_adapter"
+        results = await self.relay.everywhere(path, body)
+        if load and any(result.ok for result in results.values()):
+            self._adapters[lora_name] = body
+        return results
+
+    async def restore(self, backend: Backend, identity: Identity) -> None:
+        """Loads the adapters into a server whose process is new."""
+        if identity.dialect != "vllm":
+            return
+        for name, body in self._adapters.items():
+            answer = await backend.exchange.once(
+                "POST", "/v1/load_lora_adapter", body, timeout=self.config.control_timeout
+            )
+            try:
+                judge(backend.url, answer)
+            except RequestRejectedError as error:
+                if b"already been loaded" in answer.body:  # the same process after all
+                    continue
+                problem = f"could not load adapter {name!r} again: {error}"
+                raise AttemptError(backend.url, Outcome.REJECTED, problem, status=error.status) from error
+            logger.info("Loaded adapter %r into %s again", name, backend.url)
 
     # Updates
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ValidationError
 
 from . import sampling
@@ -52,6 +53,25 @@ def parse(model: type[ModelT], values: Mapping[str, Any] | bytes) -> ModelT:
         ]
         first = "; ".join(f"{'.'.join(map(str, d['loc'][1:]))}: {d['msg']}" for d in details[:5])
         raise InvalidRequestError(f"invalid arguments: {first}", details=details) from None
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Reads a JSON body that has to be an object; an empty one counts as one.
+
+    Raises:
+        [`InvalidRequestError`]: with FastAPI's 422 details, `json_invalid` for what is no JSON.
+    """
+    if not body.strip():
+        return {}
+    try:
+        value = msgspec.json.decode(body)
+    except ValueError as error:
+        detail = {"type": "json_invalid", "loc": ["body"], "msg": f"Invalid JSON: {error}"}
+        raise InvalidRequestError(f"invalid JSON: {error}", details=[detail]) from None
+    if not isinstance(value, dict):
+        problem = _NO_OBJECT["model_type"]
+        raise InvalidRequestError(problem["msg"], details=[{**problem, "loc": ["body"]}])
+    return value
 
 
 def generate_job(

@@ -16,6 +16,7 @@ class Endpoint(enum.Enum):
     CHAT = "chat"
     SCORE = "get_sequence_logprobs"
     RENDER = "render"
+    PASS = "pass on"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Job:
             split.
         features (`Sequence` or `None`, *optional*): Per unit, images that a server has processed already.
         model (`str`, *optional*): What the servers call the model, where a request has to say so.
+        target (`str`, *optional*): Path of a job that is passed on as it is (`Endpoint.PASS`), with the answer.
     """
 
     endpoint: Endpoint
@@ -45,6 +47,7 @@ class Job:
     body: bytes | None = None
     features: Sequence[Any] | None = None
     model: str | None = None
+    target: str = ""
 
 
 class Dialect(abc.ABC):

@@ -36,6 +36,10 @@ class ClientGoneError(PoolError):
     """The client closed the connection; nobody reads the answer."""
 
 
+class WrongDialectError(PoolError):
+    """An endpoint of a protocol that the backends do not speak."""
+
+
 class ShuttingDownError(PoolError):
     """The gateway's time for finishing requests is over."""
 
@@ -43,6 +47,7 @@ class ShuttingDownError(PoolError):
 STATUS: dict[type[PoolError], int] = {
     InvalidRequestError: 422,
     BodyTooLargeError: 413,
+    WrongDialectError: 404,
     ConfigurationError: 422,
     DuplicateBackendError: 409,
     UnknownBackendError: 404,

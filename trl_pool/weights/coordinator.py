@@ -64,6 +64,9 @@ class WeightCoordinator:
         self.run_id = uuid.uuid4().hex[:8]
         self.number = 0
         self._update: Update | None = None
+        self._names: dict[int, str] = {}  # versions that their sender has given a name
+        self._expired: list[Callable[[], Awaitable[None]]] = []
+        self._tasks: set[asyncio.Future[None]] = set()
         self._ever_sent: set[str] = set()  # names of parameters, in this update and before
         self._group: dict[str, int] = {}  # name: incarnation that has the communicator
         self.turn = asyncio.Lock()
@@ -75,8 +78,8 @@ class WeightCoordinator:
         return f"<WeightCoordinator {self.version}, group {sorted(self._group)}{update}>"
 
     def version_of(self, number: int) -> str:
-        """`<run id>:<n>`: no other run's versions read the same."""
-        return f"{self.run_id}:{number}"
+        """`<run id>:<n>`: no other run's versions read the same. The present one may have a name of its sender's."""
+        return self._names.get(number) or f"{self.run_id}:{number}"
 
     @property
     def version(self) -> str:
@@ -116,6 +119,10 @@ class WeightCoordinator:
         """Per URL, why a backend is not eligible, or that it is."""
         reasons = self._dispatcher.reasons()
         return {url: reasons.get(url, "is eligible") for url in self._urls()}
+
+    def on_expiry(self, clean_up: Callable[[], Awaitable[None]]) -> None:
+        """Adds what has to be done when an update was abandoned because nobody went on with it."""
+        self._expired.append(clean_up)
 
     def regroup(self, members: Iterable[Backend]) -> None:
         """From now on these have a communicator."""
@@ -186,12 +193,13 @@ class WeightCoordinator:
 
     @contextlib.asynccontextmanager
     async def alone(
-        self, reason: str, *, undrained: Callable[[], Awaitable[None]] | None = None
+        self, reason: str, *, wait: bool = True, undrained: Callable[[], Awaitable[None]] | None = None
     ) -> AsyncIterator[None]:
         """One control call at a time, with the gate closed and nothing out; opens again what it closed.
 
         Args:
             reason (`str`): What is told to work that waits meanwhile.
+            wait (`bool`, *optional*, defaults to `True`): Whether requests that are out are waited for.
             undrained (`Callable`, *optional*): What to do when requests do not end within `drain_timeout`, instead of
                 giving up.
         """
@@ -202,7 +210,8 @@ class WeightCoordinator:
             self._dispatcher.close_gate(reason, drain=True)
             try:
                 try:
-                    await self._drain(reason)
+                    if wait:
+                        await self._drain(reason)
                 except WeightSyncError:
                     if undrained is None:
                         raise
@@ -317,11 +326,18 @@ class WeightCoordinator:
             return self.everybody()
         return [b for b in self.reachable() if b.sync.held == self.number]
 
-    def publish(self, update: Update) -> None:
-        """The new version is out. A backend that had missed something holds it only if it was sent all there is."""
+    def publish(self, update: Update, name: str | None = None) -> None:
+        """The new version is out. A backend that had missed something holds it only if it was sent all there is.
+
+        Args:
+            update ([`Update`]): Whose.
+            name (`str`, *optional*): What its sender calls it; `<run id>:<n>` otherwise.
+        """
         self._cancel_expiry()
         self._update = None
         self.number += 1
+        if name is not None:
+            self._names = {self.number: name}
         whole = update.names >= self._ever_sent
         reached = [b for b in update.members.values() if whole or b.name in update.complete]
         for backend in update.members.values():
@@ -361,6 +377,10 @@ class WeightCoordinator:
             return
         logger.error("Weight update v%d: no control call for %g s, abandoned", self.number + 1, idle)
         self.abandon(f"no control call for {idle:g} s")
+        for clean_up in self._expired:
+            task = asyncio.ensure_future(clean_up())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def _cancel_expiry(self) -> None:
         if self._expiry is not None:

@@ -1,0 +1,92 @@
+"""Requests that go to one backend as they are, and whose answers come back piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+
+import httpx
+
+from .backend import Lane, Lease
+from .breaker import Verdict
+from .config import PoolConfig
+from .dispatch import Dispatcher, Want
+from .errors import Attempt, AttemptError, RolloutError
+from .exchange import judge, translate
+from .retry import RULES
+
+
+class Forwarder:
+    """Streams answers through.
+
+    A request is tried on another backend as long as nothing of an answer has come; afterwards there is no way back.
+
+    Args:
+        dispatcher ([`Dispatcher`]): Gives leases.
+        config ([`PoolConfig`]): Time-outs and limits.
+        clock (`Callable[[], float]`): Monotonic seconds.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, config: PoolConfig, *, clock: Callable[[], float]) -> None:
+        self._dispatcher, self._config, self._clock = dispatcher, config, clock
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, path: str, body: bytes, *, key: str, weight: int, headers: Mapping[str, str]
+    ) -> AsyncIterator[tuple[str, httpx.Response]]:
+        """A backend's name and its answer, whose status is 200 and whose body has not been read.
+
+        Args:
+            path (`str`): Where to.
+            body (`bytes`): What.
+            key (`str`): Affinity key.
+            weight (`int`): Load, in completions.
+            headers (`Mapping[str, str]`): Sent along.
+
+        Raises:
+            [`RequestRejectedError`]: a backend answered 4xx.
+            [`NoBackendAvailableError`], [`OverloadedError`]: it could not be sent.
+            [`RolloutError`]: every attempt failed.
+        """
+        deadline = self._clock() + self._config.total_timeout
+        attempts: list[Attempt] = []
+        tried: set[str] = set()
+        while True:
+            want = Want(Lane.GENERATE, weight, key, tried=tried, owner=object())
+            lease = await self._dispatcher.lease(want, until=deadline, new_call=not attempts)
+            started = self._clock()
+            async with contextlib.AsyncExitStack() as stack:
+                stack.callback(lease.backend.release_unused, lease)
+                try:
+                    response = await stack.enter_async_context(self._open(lease, path, body, headers))
+                except AttemptError as error:
+                    attempts.append(self._failed(lease, error, self._clock() - started))
+                    tried.add(lease.backend.name)
+                    if not RULES[error.outcome].again or len(attempts) >= self._config.max_attempts:
+                        raise RolloutError({0: attempts}) from error
+                    continue
+                try:
+                    yield lease.backend.name, response
+                except (httpx.HTTPError, httpx.StreamError) as error:
+                    problem = translate(lease.backend.url, error, None)
+                    self._failed(lease, problem, self._clock() - started)
+                    raise problem from error
+                lease.backend.served(lease, 1)
+                lease.backend.release(lease, Verdict.SUCCESS)
+                return
+
+    @contextlib.asynccontextmanager
+    async def _open(
+        self, lease: Lease, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> AsyncIterator[httpx.Response]:
+        exchange = lease.backend.exchange
+        async with exchange.stream(path, body, timeout=self._config.request_timeout, headers=headers) as response:
+            if response.status_code != 200:
+                judge(lease.backend.url, await exchange.read(response))
+            yield response
+
+    def _failed(self, lease: Lease, error: AttemptError, seconds: float) -> Attempt:
+        verdict = RULES[error.outcome].verdict
+        lease.backend.failed(error)
+        lease.backend.release(lease, verdict, reason=f"{error.outcome.value}: {error.detail}")
+        return Attempt(lease.backend.url, error.outcome, error.detail, 1, seconds)
