@@ -35,6 +35,7 @@ FOREIGN = {
     "ValueError": ValueError,
     "RuntimeError": RuntimeError,
     "KeyError": KeyError,
+    "ImportError": ImportError,
     "requests.ConnectionError": requests.ConnectionError,
     "requests.Timeout": requests.Timeout,
 }

@@ -17,6 +17,7 @@ PoolError
 │   ├── WeightSyncError                             … in a weight update
 │   └── BackendMismatchError                        backends that must agree do not
 ├── UnknownBackendError           (KeyError)        no backend of that name
+├── UnsupportedTRLError           (ImportError)     patch_trl() found no TRL, or nothing in it to replace
 └── AttemptError                                    one request to one backend failed (inside the other errors)
 ```
 
@@ -275,6 +276,10 @@ class UnknownBackendError(PoolError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class UnsupportedTRLError(PoolError, ImportError):
+    """There is no TRL, or none in which there is anything to replace. The message says what was looked for."""
 
 
 class AttemptError(PoolError):
