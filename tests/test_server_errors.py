@@ -73,6 +73,7 @@ EVERY_ERROR: dict[type[PoolError], tuple[int, PoolError]] = {
     errors.DuplicateBackendError: (409, errors.DuplicateBackendError("x")),
     errors.PoolClosedError: (503, errors.PoolClosedError("x")),
     errors.ForkedProcessError: (500, errors.ForkedProcessError("x")),
+    errors.UnsupportedTRLError: (500, errors.UnsupportedTRLError("x")),
     errors.InvalidRequestError: (422, errors.InvalidRequestError("x")),
     errors.RequestRejectedError: (
         418,
@@ -122,6 +123,7 @@ def test_every_error_of_the_pool_has_a_status_of_its_own() -> None:
     assert known == EVERY_ERROR.keys()
     by_their_base = {
         errors.ForkedProcessError: PoolError,
+        errors.UnsupportedTRLError: PoolError,  # of a training script, never of a gateway
         errors.RequestRejectedError: PoolError,  # never asked: it has the backend's
         errors.BackendsUnreachableError: errors.NoBackendAvailableError,
         errors.WeightSyncError: errors.ControlError,
