@@ -219,6 +219,13 @@ def test_modules_that_are_imported_after_the_patch_are_changed_and_given_back(ma
     assert {client.__doc__ for client in clients(modules).values()} == {"The stock client."}
 
 
+def test_the_order_in_which_modules_were_imported_does_not_matter(make_trl: MakeTrl) -> None:
+    make_trl()
+    user = importlib.import_module("trl.generation.vllm_generation")  # in sys.modules before what it imports
+    with trl_pool.patch_trl() as patch:
+        assert user.VLLMClient is patch.client
+
+
 def test_modules_imported_in_between_are_changed_too(make_trl: MakeTrl) -> None:
     make_trl()
     before = importlib.import_module("trl.generation.vllm_client")
@@ -703,7 +710,7 @@ class FakeClient:
 
     def update_named_params(self, metadata: Any, named_params: Iterator[tuple[str, int]]) -> None:
         for name, weights in named_params:
-            self.update_named_param(name, weights)
+            FakeClient.update_named_param(self, name, weights)
 
     @contextlib.contextmanager
     def weight_update(self) -> Iterator[None]:
