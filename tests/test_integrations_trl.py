@@ -219,9 +219,10 @@ def test_modules_that_are_imported_after_the_patch_are_changed_and_given_back(ma
     assert {client.__doc__ for client in clients(modules).values()} == {"The stock client."}
 
 
-def test_the_order_in_which_modules_were_imported_does_not_matter(make_trl: MakeTrl) -> None:
+def test_the_order_of_the_imported_modules_does_not_matter(make_trl: MakeTrl) -> None:
     make_trl()
-    user = importlib.import_module("trl.generation.vllm_generation")  # in sys.modules before what it imports
+    user = importlib.import_module("trl.generation.vllm_generation")
+    sys.modules["trl.generation.vllm_client"] = sys.modules.pop("trl.generation.vllm_client")  # to the end
     with trl_pool.patch_trl() as patch:
         assert user.VLLMClient is patch.client
 
