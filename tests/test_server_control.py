@@ -71,7 +71,8 @@ def test_control_calls_go_to_every_backend_and_succeed_together(fleet: Fleet, ga
         assert answer.status_code == 200
         result = {"ok": True, "status": 200, "message": MESSAGES[endpoint]}
         assert answer.json() == {"message": MESSAGES[endpoint], "results": {sim.url: result for sim in sims}}
-        assert received(sims, endpoint) == [1, 1]
+        # An earlier communicator is closed before a new one is made.
+        assert received(sims, endpoint) == ([2, 2] if endpoint == "close_communicator" else [1, 1])
     assert updates(sims) == [1, 1]
     assert len(digests(sims)) == 1
     assert [b["weight_version"] for b in started.backends()] == [1, 1]

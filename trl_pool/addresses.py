@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -65,9 +66,20 @@ class BackendAddress:
             raise ConfigurationError(f"backend address {shown!r}: no host, or white space inside; {allowed}")
         if parts.query or parts.fragment:
             raise ConfigurationError(f"backend address {shown!r}: has a query or a fragment; {allowed}")
+        if "://" not in text and (parts.hostname in _DEFAULT_PORTS or "//" in parts.path):
+            raise ConfigurationError(f"backend address {shown!r}: a misspelt scheme; {allowed}")
         if port == 0:
             raise ConfigurationError(f"backend address {shown!r}: port 0; {allowed}")
-        return cls(parts.scheme, parts.hostname, port or _DEFAULT_PORTS[parts.scheme], parts.path.rstrip("/"))
+        host = _normal(parts.hostname)
+        return cls(parts.scheme, host, port or _DEFAULT_PORTS[parts.scheme], parts.path.rstrip("/"))
+
+
+def _normal(host: str) -> str:
+    """One spelling per host: IP addresses as `ipaddress` writes them, names without the root's dot."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host.rstrip(".") or host
 
 
 def parse_backends(value: str | Iterable[str]) -> list[BackendAddress]:

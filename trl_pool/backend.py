@@ -142,8 +142,8 @@ class Backend:
         self._busy_until = 0.0
         self._busy_streak = 0
         self._leases: set[Lease] = set()
-        # Requests nobody waits for any more, which the server still works on.
-        self._orphans: dict[asyncio.Task[Answer], str] = {}
+        # Requests nobody waits for any more, which the server still works on: what they are, and since when.
+        self._orphans: dict[asyncio.Task[Answer], tuple[str, float]] = {}
         self._removed = False
         self._requests = self._prompts = self._failures = self._failovers = 0
         self._seconds = 0.0
@@ -196,12 +196,16 @@ class Backend:
 
     @property
     def stuck(self) -> str | None:
-        """The control call that has not returned, if there is one."""
-        return next((what for what in self._orphans.values() if what != Lane.SCORE.value), None)
+        """The control call that has not returned, if there is one; or scoring that should have long ago."""
+        long_ago = self._clock() - self._config.control_timeout
+        for what, since in self._orphans.values():
+            if what != Lane.SCORE.value or since < long_ago:
+                return what
+        return None
 
     def holds_lane(self, lane: Lane) -> bool:
         """Whether requests of this kind are out, waited for or not."""
-        if lane is Lane.SCORE and Lane.SCORE.value in self._orphans.values():
+        if lane is Lane.SCORE and any(what == Lane.SCORE.value for what, _ in self._orphans.values()):
             return True
         return any(lease.lane is lane for lease in self._leases)
 
@@ -310,6 +314,7 @@ class Backend:
     def gone(self, reason: str) -> None:
         """Nobody listens there: the process is gone, and whoever comes back has other weights."""
         self.health.refused(reason)
+        self._bury_orphans()
         self.may_have_restarted("its port was closed since the last update")
 
     def may_have_restarted(self, reason: str) -> None:
@@ -401,7 +406,7 @@ class Backend:
             return await asyncio.shield(task)
         finally:
             if not task.done():
-                self._orphans[task] = what
+                self._orphans[task] = what, self._clock()
                 task.add_done_callback(self._orphan_done)
 
     def _orphan_done(self, task: asyncio.Task[Answer]) -> None:
@@ -410,8 +415,14 @@ class Backend:
             task.exception()
         self._changed()
 
+    def _bury_orphans(self) -> None:
+        """Nobody works on them any more: there is no process left, or no way to it."""
+        for task in list(self._orphans):
+            task.cancel()
+
     def break_off(self, outcome: Outcome, reason: str) -> None:
         """Ends every request that is out, as failed with that outcome, so that it is served elsewhere."""
+        self._bury_orphans()
         for lease in self._leases:
             if lease.scope is not None:
                 lease.broken_off = AttemptError(self.url, outcome, f"broken off: {reason}")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from .errors import ConfigurationError
 
@@ -41,7 +41,8 @@ class PoolConfig(BaseModel):
             Seconds one attempt on one backend may take.
         total_timeout (`float`, *optional*, defaults to `1700.0`):
             Seconds a whole call may take, waiting and fail-over included. It stays below torch's default
-            `ddp_timeout` of 1800 s, after which the other ranks kill a job whose main process still waits.
+            `ddp_timeout` of 1800 s, after which the other ranks kill a job whose main process still waits. Never
+            shorter than `request_timeout`, unless it is set so.
         control_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds one control call (weights, caches) may take.
         drain_timeout (`float`, *optional*, defaults to `900.0`):
@@ -146,6 +147,13 @@ class PoolConfig(BaseModel):
     trust_env: bool = False
     progress: bool = False
 
+    @model_validator(mode="after")
+    def _total_covers_one_attempt(self) -> Self:
+        # A longer request_timeout alone would be cut short by a total_timeout that nobody has asked for.
+        if "total_timeout" not in self.model_fields_set and self.total_timeout < self.request_timeout:
+            object.__setattr__(self, "total_timeout", self.request_timeout)
+        return self
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Reads the variables named like the fields in upper case; unset and empty ones keep their defaults.
@@ -176,6 +184,9 @@ class PoolConfig(BaseModel):
             message = fault["msg"].removeprefix("Value error, ")
             if not field:
                 faults.append(message)
+            elif fault["type"] in ("bool_parsing", "bool_type"):
+                given = f"{field.upper()}={shown(values.get(field))}"
+                faults.append(f"{given}: not a valid boolean; allowed: 1, 0, true, false, yes, no, on, off")
             elif fault["type"] == "missing":
                 faults.append(f"{field.upper()} is not set; allowed: {cls.model_fields[field].description}")
             else:

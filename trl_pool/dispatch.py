@@ -53,6 +53,7 @@ class _Waiter:
     poll: Callable[[], Any]
     future: asyncio.Future[Any]
     is_call: bool = False
+    lane: Lane | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Dispatcher:
         self._gate_drains = False
         self.under_way: set[object] = set()  # calls that somebody has begun to serve
         self._waiters: list[_Waiter] = []
+        self._ahead: set[Lane] = set()  # kinds of work that wait before whoever is looked at
         self._notice: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -157,6 +159,8 @@ class Dispatcher:
             crowded = want.per_backend is not None and backend.leased_to(want.owner) >= want.per_backend
             sharer = want.owner if want.shares_slot else None
             waits = crowded or backend.why_blocked(want.lane, sharer) is not None
+            # Who waits for this server to end its work of one kind must not see ever more of that kind go first.
+            waits = waits or (backend.dialect.scoring_is_exclusive and bool(self._ahead - {want.lane}))
             (later if waits else ready)[backend.name] = backend
         return Candidates(ready, later, forced)
 
@@ -285,22 +289,23 @@ class Dispatcher:
         if new_call and self._config.max_queue is not None and self.queued >= self._config.max_queue:
             raise OverloadedError(
                 f"every slot is taken and {self.queued} calls wait already (max_queue={self._config.max_queue}): "
-                f"{self._pressure(lane)}",
+                f"{self.pressure(lane)}",
                 retry_after=self._retry_after(),
             )
         started = self._clock()
         timeout = until - started if limit is None else min(limit, until - started)
         try:
-            return await self.until(poll, timeout=timeout, is_call=new_call)
+            return await self.until(poll, timeout=timeout, is_call=new_call, lane=lane)
         except TimeoutError:
             if limit is not None and self._clock() < until:
                 raise OverloadedError(
-                    f"no slot became free within {limit:g} s (queue_timeout): {self._pressure(lane)}",
+                    f"no slot became free within {limit:g} s (queue_timeout): {self.pressure(lane)}",
                     retry_after=self._retry_after(),
                 ) from None
             raise
 
-    def _pressure(self, lane: Lane) -> str:
+    def pressure(self, lane: Lane) -> str:
+        """What stands between a request and each backend, in words."""
         if self._gate is not None:
             return self._gate
         reasons = {b.url: b.why_ineligible() or b.why_blocked(lane) or "is free" for b in self.backends.values()}
@@ -309,7 +314,9 @@ class Dispatcher:
     def _retry_after(self) -> float:
         return max(1.0, min((b.seconds_busy() for b in self.backends.values()), default=1.0))
 
-    async def until(self, poll: Callable[[], T | None], *, timeout: float, is_call: bool = False) -> T:
+    async def until(
+        self, poll: Callable[[], T | None], *, timeout: float, is_call: bool = False, lane: Lane | None = None
+    ) -> T:
         """Waits, in line, until `poll` returns something.
 
         Raises:
@@ -318,8 +325,9 @@ class Dispatcher:
         first = poll()
         if first is not None:
             return first
-        waiter = _Waiter(poll, asyncio.get_running_loop().create_future(), is_call)
+        waiter = _Waiter(poll, asyncio.get_running_loop().create_future(), is_call, lane)
         self._waiters.append(waiter)
+        self._note_who_is_ahead()
         self._arm()
         try:
             async with asyncio.timeout(max(0.0, timeout)):
@@ -334,6 +342,7 @@ class Dispatcher:
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+                self._note_who_is_ahead()
         result: T = waiter.future.result()
         return result
 
@@ -344,6 +353,7 @@ class Dispatcher:
 
     def _look(self) -> None:
         self._notice = None
+        self._ahead = set()
         for waiter in list(self._waiters):
             if waiter.future.done():
                 continue
@@ -354,8 +364,15 @@ class Dispatcher:
                 continue
             if result is not None:
                 waiter.future.set_result(result)
+            elif waiter.lane is not None:
+                self._ahead.add(waiter.lane)
         self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
+        self._note_who_is_ahead()
         self._arm()
+
+    def _note_who_is_ahead(self) -> None:
+        """Whoever comes now stands behind all that wait."""
+        self._ahead = {w.lane for w in self._waiters if w.lane is not None and not w.future.done()}
 
     def _arm(self) -> None:
         if self._timer is not None:

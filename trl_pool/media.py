@@ -7,6 +7,40 @@ from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
+from .errors import InvalidRequestError
+
+
+def require_conversations(messages: Any) -> None:
+    """Raises [`InvalidRequestError`] unless it is a list of conversations, each a list of messages."""
+    for index, conversation in enumerate(messages):
+        if isinstance(conversation, Mapping | str) or not isinstance(conversation, Sequence):
+            raise InvalidRequestError(
+                f"messages: a list of conversations, each a list of messages; item {index} is a "
+                f"{type(conversation).__name__} (one conversation needs a list around it)",
+                indices=[index],
+            )
+        for message in conversation:
+            if not isinstance(message, Mapping):
+                raise InvalidRequestError(
+                    f"messages: conversation {index} has a {type(message).__name__} in the place of a message",
+                    indices=[index],
+                )
+            content = message.get("content")
+            if isinstance(content, list) and not all(isinstance(part, Mapping) for part in content):
+                raise InvalidRequestError(
+                    f"messages: conversation {index} has a content part that is no dictionary", indices=[index]
+                )
+
+
+def require_image_lists(images: Any) -> None:
+    """Raises [`InvalidRequestError`] unless it is a list of image lists, `None` where a prompt has no image."""
+    for index, few in enumerate(images):
+        if few is not None and not isinstance(few, list | tuple):
+            raise InvalidRequestError(
+                f"images: one list of images per prompt, or None; item {index} is a {type(few).__name__}",
+                indices=[index],
+            )
+
 
 def encode_images(images: Sequence[Any]) -> list[list[str] | None]:
     """PIL images as base64 PNGs, per prompt."""

@@ -27,7 +27,7 @@ from .exchange import judge
 from .fleet import DEFAULT_HOST, DEFAULT_PORT, resolve_backends
 from .forwarding import Forwarder
 from .lifetime import guarded
-from .media import encode_images, encode_messages, tool_schema
+from .media import encode_images, encode_messages, require_conversations, require_image_lists, tool_schema
 from .rollout import ProgressBar, Rollout, RolloutReport, RolloutResult, Route
 from .training import TrainedFleet
 from .weights.transport import JointTransport, WeightTransport
@@ -174,6 +174,7 @@ class AsyncVLLMClientPool(TrainedFleet):
                     "`vllm serve` generates from token ids and features: pass features=client.image_features(images), "
                     "or conversations with images to chat()"
                 )
+            require_image_lists(images)
             images = await anyio.to_thread.run_sync(encode_images, images)
         request = validation.parse(
             GenerateRequest,
@@ -238,6 +239,7 @@ class AsyncVLLMClientPool(TrainedFleet):
             `NotImplementedError`: for a `chat_template` on `trl` servers, as TRL's client.
         """
         lenient = self.dialect.survives_bad_requests
+        require_conversations(messages)
         if max_concurrent_requests < 1:
             raise InvalidRequestError(f"max_concurrent_requests must be at least 1, got {max_concurrent_requests}")
         if chat_template is not None and not lenient:

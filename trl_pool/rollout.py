@@ -29,6 +29,9 @@ from .exchange import judge
 logger = logging.getLogger(__name__)
 
 
+_GRACE_SECONDS = 0.25
+
+
 class ProgressBar(Protocol):
     """What is needed of a tqdm bar."""
 
@@ -152,7 +155,8 @@ class Rollout:
             [`RolloutError`], [`RolloutTimeoutError`]: some prompts have no answer; the error carries the others.
         """
         try:
-            async with asyncio.timeout(self._deadline - self._clock()):
+            # Attempts and waits end at the deadline by themselves, and say where; this is for all the rest.
+            async with asyncio.timeout(self._deadline - self._clock() + _GRACE_SECONDS):
                 await self._serve_all()
         except TimeoutError:
             raise self._failure(RolloutTimeoutError, self._too_late()) from None
@@ -270,6 +274,8 @@ class Rollout:
             lease, home = None, None
 
     async def _lease(self, piece: Sequence[int], home: str | None) -> Lease:
+        if self._clock() >= self._deadline:
+            raise TimeoutError
         tried = {attempt.backend for i in piece for attempt in self._history[i]}
         names = {b.name for b in self._dispatcher.backends.values() if b.url in tried}
         want = self._want(piece, home=home, tried=names)
@@ -374,7 +380,12 @@ class Rollout:
             backend.breaker.record(Verdict.FAILURE, reason=reason)
 
     def _too_late(self) -> str:
-        return f"total_timeout of {self._config.total_timeout:g} s reached"
+        waiting = ""
+        if not all(
+            history or answer is not None for history, answer in zip(self._history, self._answers, strict=True)
+        ):
+            waiting = f"; what was never sent waited for a slot: {self._dispatcher.pressure(self._lane)}"
+        return f"total_timeout of {self._config.total_timeout:g} s reached{waiting}"
 
     def _failure(self, kind: type[RolloutError], reason: str) -> RolloutError:
         completed = [i for i, answer in enumerate(self._answers) if answer is not None]

@@ -76,6 +76,11 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a dictionary with exactly one well-formed regex, choice, grammar, json, json_object or structural_tag",
         lambda v: isinstance(v, dict) and len(v.keys() & _KINDS_OF_STRUCTURE) == 1 and _is_structure(v),
     ),
+    "output_kind": ("0, 1 or 2", lambda v: _integer(v, 0, 2)),
+    "repetition_detection": (
+        "a dictionary of integers of at least 0",
+        lambda v: isinstance(v, dict) and all(_integer(number, 0) for number in v.values()),
+    ),
     "stream_interval": ("a positive integer", lambda v: _integer(v, 1)),
     **{
         name: ("true or false", lambda v: isinstance(v, bool))
@@ -109,21 +114,10 @@ _MAY_BE_NULL = frozenset(
     }
 )
 
-# Fields of SamplingParams from vLLM 0.10 to 0.27 without a rule in the table.
-_OTHERS = frozenset(
-    {
-        "best_of",
-        "guided_decoding",
-        "logprobs",
-        "output_kind",
-        "output_text_buffer_length",
-        "prompt_logprobs",
-        "repetition_detection",
-        "routed_experts_prompt_start",
-        "skip_clone",
-        "truncate_prompt_tokens",
-    }
-)
+# Fields of SamplingParams without a rule in the table: these two have a function of their own. Others (`best_of`,
+# `truncate_prompt_tokens`, `skip_clone` …) are gone from vLLM, which answers 500, or its own affair, and a value of
+# the wrong type there cost a real server its worker.
+_OTHERS = frozenset({"logprobs", "prompt_logprobs"})
 
 NAMES = frozenset(_RULES) | _OTHERS
 """What `generation_kwargs` may name."""
@@ -136,12 +130,48 @@ def _is_structure(value: Mapping[str, Any]) -> bool:
             schema = msgspec.json.decode(schema)
         except ValueError:
             return False
+    tag = value.get("structural_tag")
     return (
         isinstance(schema, dict)
+        and _known_types(schema)
+        and (tag is None or _is_structural_tag(tag))
         and ("choice" not in value or _list_of(value["choice"], _nonempty, least=1))
         and value.get("json_object", True) is True
         and all(_nonempty(value[name]) for name in ("grammar", "structural_tag") if name in value)
     )
+
+
+_JSON_TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+
+
+def _known_types(schema: Any) -> bool:
+    """Whether every `type` in a JSON schema is one that there is; the engine's compiler hangs on others."""
+    if isinstance(schema, list):
+        return all(map(_known_types, schema))
+    if not isinstance(schema, dict):
+        return True
+    kinds = schema.get("type", [])
+    named = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+    if any(kind not in _JSON_TYPES for kind in named if isinstance(kind, str)):
+        return False
+    for name, inner in schema.items():
+        # Among named schemas a "type" is one of the names.
+        inners = list(inner.values()) if name in _NAMED_SCHEMAS and isinstance(inner, dict) else inner
+        if name not in _PLAIN_VALUES and not _known_types(inners):
+            return False
+    return True
+
+
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_PLAIN_VALUES = frozenset({"enum", "const", "default", "examples"})
+
+
+def _is_structural_tag(text: Any) -> bool:
+    try:
+        tag = msgspec.json.decode(text) if isinstance(text, str) else None
+    except ValueError:
+        return False
+    return isinstance(tag, dict) and (tag.keys() >= {"structures", "triggers"} or isinstance(tag.get("format"), dict))
 
 
 def _nonempty(value: Any) -> bool:

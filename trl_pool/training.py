@@ -120,6 +120,8 @@ class TrainedFleet(Fleet):
         self.separate = SeparateGroups(self._weights, timeout=config.control_timeout)
         self.joint = JointUpdates(self._weights, config, group_port=group_port, world_sizes=self._world_sizes)
         self.relay = RelayedUpdates(self._weights, config, world_sizes=self._world_sizes)
+        self._device: Any = None
+        self._ports: dict[str, int] = {}  # the next one for an update group, per machine
         self._adapters: dict[str, bytes] = {}
         self._in_block: object = None
 
@@ -232,7 +234,8 @@ class TrainedFleet(Fleet):
         if self.one_group:
             await self.joint.init(self._joint_transport(device), device)
         else:
-            await self._open_separate(device)
+            self._device, self._ports = device, {}
+            await self._open_separate(self._weights.reachable())
 
     def _joint_transport(self, device: Any) -> JointTransport:
         if self._weight_transport is not None:
@@ -292,23 +295,23 @@ class TrainedFleet(Fleet):
             backend = "nccl" if device_type(device) == "cuda" else "gloo"
         return SeparateTransport(backend, timeout=self.config.control_timeout)
 
-    async def _open_separate(self, device: Any) -> None:
-        members = self._weights.reachable()
-        transport = self._separate_transport(members, device)
+    async def _open_separate(self, members: list[Backend], *, beside: bool = False) -> None:
+        device = self._device
+        transport = self.separate.transport if beside else None
+        transport = transport or self._separate_transport(members, device)
         sizes, failed = await self._world_sizes(members)
         for url, reason in failed.items():
             logger.warning("%s is left out of weight updates until the next init_communicator: %s", url, reason)
         members = [backend for backend in members if backend.name in sizes]
         groups = []
         bodies = {}
-        ports: dict[str, int] = {}
         for backend in members:
             # Each server's worker binds the port on its own host, so servers that share a host need different ones,
             # by whatever names they go.
             host = backend.address.host
             machine = await resolve(host) if backend.exchange.has_sockets else host
-            port = ports.get(machine, self.group_port)
-            ports[machine] = port + 1
+            port = self._ports.get(machine, self.group_port)
+            self._ports[machine] = port + 1
             world_size = sizes[backend.name] + 1
             groups.append(GroupMember(backend.name, host, port, world_size, world_size - 1))
             bodies[backend.name] = msgspec.json.encode(
@@ -319,18 +322,31 @@ class TrainedFleet(Fleet):
                     "client_device_uuid": transport.device_uuid(device),
                 }
             )
-        results = await self.separate.open(bodies, members, fresh=True)
+        results = await self.separate.open(bodies, members, fresh=True, beside=beside)
         failed.update({r.url: str(r) for r in results.values() if not r.ok})
         joined = [group for group in groups if results[group.backend].ok]
-        if len(joined) >= self.config.min_backends:
+        if joined and (beside or len(joined) >= self.config.min_backends):
             lost = await self.separate.join(transport, joined, device)
             failed.update({self._dispatcher.backends[name].url: reason for name, reason in lost.items()})
             joined = [group for group in joined if group.backend not in lost]
-        if len(joined) < self.config.min_backends:
+        if beside:
+            for url, reason in failed.items():
+                logger.warning("%s does not take part in the next weight update: %s", url, reason)
+        elif len(joined) < self.config.min_backends:
             raise WeightSyncError(
                 f"{len(joined)} servers take part in weight updates, min_backends={self.config.min_backends}",
                 failed or self._dispatcher.reasons(),
             )
+
+    async def _take_back(self) -> None:
+        """Makes groups with servers that have none (any more): they came back, joined later, or lost a connection."""
+        if self._device is None:
+            return
+        grouped = {backend.name for backend in self._weights.grouped()}
+        returned = [b for b in self._weights.reachable() if b.name not in grouped and b.refusal is None]
+        if returned:
+            logger.info("Taking %s into weight updates", ", ".join(b.url for b in returned))
+            await self._open_separate(returned, beside=True)
 
     @guarded
     async def close_communicator(self) -> None:
@@ -434,6 +450,8 @@ class TrainedFleet(Fleet):
 
     async def announce(self, name: str, weights: Any) -> None:
         """Sends one parameter to every server of a `trl` fleet."""
+        if not self._weights.updating and self._weights.group:
+            await self._take_back()
         dtype, shape = str(weights.dtype), [int(size) for size in weights.shape]
         body = msgspec.json.encode({"name": name, "dtype": dtype, "shape": shape})
         await self.separate.announce(name, body, tensor=weights, owner=_me())

@@ -13,7 +13,7 @@ import uvicorn
 from ..errors import ConfigurationError
 from .application import create_app
 from .lifecycle import refuse_workers
-from .settings import GatewaySettings
+from .settings import NOT_FOR_GATEWAYS, GatewaySettings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--log-level", default="info", choices=list(uvicorn.config.LOG_LEVELS))
     for name, field in GatewaySettings.model_fields.items():
+        if name in NOT_FOR_GATEWAYS:
+            continue
         default = "required" if field.is_required() else f"default: {field.default}"
         options.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=f"({default})")
     return options

@@ -78,7 +78,7 @@ def results_body(results: Iterable[ControlResult]) -> dict[str, Any]:
 def failure(error: PoolError) -> Response:
     """The answer that an error becomes: a JSON object whose `detail` says what happened and what to do."""
     if isinstance(error, RequestRejectedError):
-        return Response(error.body, error.status, {"x-backend": error.backend}, error.content_type)
+        return Response(error.body, error.status, {"x-backend": error.backend.partition("://")[2]}, error.content_type)
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     headers: dict[str, str] = {}
     body: dict[str, Any] = {"detail": str(error)}

@@ -14,6 +14,12 @@ def _urls(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(address.url for address in parse_backends(value))
 
 
+NOT_FOR_GATEWAYS = frozenset(
+    {"progress", "min_backends", "weight_transport", "weight_buffer_mb", "update_group_host", "sync_retries"}
+)
+"""Settings of a pool in a trainer that mean nothing to a gateway."""
+
+
 class GatewaySettings(PoolConfig):
     """Everything that can be set on a gateway, by environment variable (upper case) or option (`--lower-case`).
 

@@ -110,7 +110,7 @@ def add_control_routes(app: FastAPI) -> None:
         validation.parse(InitCommunicatorRequest, body)
         pool = _trl(request)
         members = pool.weights.everybody()
-        results = await pool.separate.open({b.name: body for b in members}, members, fresh=False)
+        results = await pool.separate.open({b.name: body for b in members}, members, fresh=True)
         headers = {}
         if len(members) > 1 and not request.headers.get("user-agent", "").startswith(_OWN_CLIENT):
             text = (

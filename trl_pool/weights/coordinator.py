@@ -72,6 +72,9 @@ class WeightCoordinator:
         self.turn = asyncio.Lock()
         """One control call at a time."""
         self._expiry: asyncio.TimerHandle | None = None
+        self.broken: str | None = None
+        """All or nothing: why the last update failed, until the group is made anew. A stock client sends a call again
+        that was answered 502; it must not find the rest of the fleet ready to go on."""
 
     def __repr__(self) -> str:
         update = f", updating {sorted(self._update.members)}" if self._update else ""
@@ -126,6 +129,7 @@ class WeightCoordinator:
 
     def regroup(self, members: Iterable[Backend]) -> None:
         """From now on these have a communicator."""
+        self.broken = None
         self._group = {b.name: b.incarnation for b in members}
 
     def ungroup(self, name: str) -> None:
@@ -223,7 +227,8 @@ class WeightCoordinator:
                     self._dispatcher.open_gate()
 
     async def _drain(self, reason: str) -> None:
-        """Waits for what is out. A `trl` server serves nothing else meanwhile, and mixes up replies if it is asked."""
+        """Waits for what is out. A `trl` server serves nothing else meanwhile, and mixes up replies if it is asked.
+        Scoring that nobody waits for any more keeps its server busy, too, until that counts as stuck."""
 
         def idle() -> bool | None:
             return None if self._out() or self._dispatcher.under_way else True
@@ -240,7 +245,9 @@ class WeightCoordinator:
 
     def _out(self) -> list[Backend]:
         return [
-            b for b in self._dispatcher.backends.values() if b.holds_lane(Lane.GENERATE) or b.holds_lane(Lane.SCORE)
+            b
+            for b in self._dispatcher.backends.values()
+            if b.inflight or (b.stuck is None and b.holds_lane(Lane.SCORE))
         ]
 
     def reachable(self) -> list[Backend]:
@@ -263,13 +270,15 @@ class WeightCoordinator:
         Raises:
             [`WeightSyncError`]: when there is nobody, or (all or nothing) somebody has lost their communicator.
         """
+        self.check_whole()
         members = {b.name: b for b in self.grouped()}
-        if self._all_or_nothing:
-            lost = [b.url for b in self.everybody() if b.name in self._group and b.name not in members]
+        if self._all_or_nothing and members:
+            lost = [b.url for b in self.everybody() if b.name not in members]
             if lost:
                 raise WeightSyncError(
-                    "A server has lost its communicator; call init_communicator again",
-                    dict.fromkeys(lost, "was restarted or cannot be reached"),
+                    "Not every server is in the weight update group; make it anew (init_communicator, or "
+                    "init_weight_transfer_engine)",
+                    dict.fromkeys(lost, "was restarted, cannot be reached, or joined later"),
                 )
         if not members:
             raise WeightSyncError(
@@ -286,6 +295,19 @@ class WeightCoordinator:
         for backend in members.values():
             backend.sync.lost(f"update v{self.number + 1} did not reach its end")
         return update
+
+    def check_whole(self) -> None:
+        """Refuses to go on with a fleet in which an update has failed, where that ends it.
+
+        Raises:
+            [`WeightSyncError`]: saying so.
+        """
+        if self.broken is not None:
+            raise WeightSyncError(
+                f"{self.broken}; make the weight update group anew (init_communicator, or "
+                "init_weight_transfer_engine) and send every parameter",
+                self.everybody_says(),
+            )
 
     def grouped(self) -> list[Backend]:
         """Those that have a communicator still: a server that came back from the dead has lost it."""
@@ -314,6 +336,9 @@ class WeightCoordinator:
             logger.warning("%s drops out of weight update v%d: %s", result.url, self.number + 1, result.message)
         if failed and (self._all_or_nothing or len(update.members) < self._config.min_backends):
             self.abandon("another backend failed in it")
+            if self._all_or_nothing:
+                self._group = {}
+                self.broken = f"Weight update v{self.number + 1} failed on {', '.join(r.url for r in failed.values())}"
             raise WeightSyncError(
                 f"Weight update v{self.number + 1} ended after {len(update.names)} parameters; no backend that "
                 "took part serves until a whole update has reached it",

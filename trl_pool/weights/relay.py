@@ -79,7 +79,7 @@ class RelayedUpdates:
                 bodies[backend.name] = msgspec.json.encode({"init_info": {**init_info, "rank_offset": first}})
                 first += sizes[backend.name]
             results = await books.broadcast("/init_weight_transfer_engine", bodies, whom)
-            books.regroup(b for b in whom if results[b.name].ok)
+            books.regroup(whom if all(result.ok for result in results.values()) else ())
         return results
 
     # An update

@@ -34,7 +34,7 @@ class SeparateGroups:
         self.transport: WeightTransport | None = None
 
     async def open(
-        self, bodies: Mapping[str, bytes], members: Iterable[Backend], *, fresh: bool
+        self, bodies: Mapping[str, bytes], members: Iterable[Backend], *, fresh: bool, beside: bool = False
     ) -> dict[str, ControlResult]:
         """Tells servers to join their update groups.
 
@@ -43,6 +43,7 @@ class SeparateGroups:
             members (`Iterable[Backend]`): Whom.
             fresh (`bool`): Whether to close an earlier communicator first: a worker that has one dies of a second,
                 after the 200.
+            beside (`bool`, *optional*, defaults to `False`): Whether those that have a communicator keep it.
         """
         whom = list(members)
         books = self._books
@@ -54,7 +55,10 @@ class SeparateGroups:
                 whom = [b for b in whom if closed[b.name].ok]
                 bad = {name: result for name, result in closed.items() if not result.ok}
             results = {**bad, **await books.broadcast(_INIT, bodies, whom)}
-            books.regroup(b for b in whom if results[b.name].ok)
+            joined = [b for b in whom if results[b.name].ok]
+            if books.all_or_nothing and len(joined) < len(results):
+                joined = []  # a client that is told of a failure begins from the beginning
+            books.regroup([*(books.grouped() if beside else ()), *joined])
         return results
 
     async def join(self, transport: WeightTransport, members: list[GroupMember], device: Any) -> dict[str, str]:
@@ -135,6 +139,7 @@ class SeparateGroups:
         async with books.alone("prefix caches are being reset"):
             update = books.update
             if update is None:
+                books.check_whole()
                 return await books.broadcast(_RESET, {}, books.holders())
             try:
                 books.drop_restarted(update)

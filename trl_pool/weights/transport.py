@@ -54,7 +54,8 @@ class WeightTransport(Protocol):
         """Identifies the trainer's device, which must not be one of the server's."""
 
     def open(self, members: Sequence[GroupMember], device: Any) -> None:
-        """Joins every member's group. The servers have been told and are joining."""
+        """Joins every member's group, in the place of an earlier one with it; groups with others stay. The servers
+        have been told and are joining."""
 
     def broadcast(self, tensor: Any, backends: Sequence[str]) -> None:
         """Sends a tensor to the groups of these backends, each of which has been told to receive it."""

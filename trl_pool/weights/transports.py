@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -86,7 +86,7 @@ class SeparateTransport:
         return str(torch.cuda.get_device_properties(_cuda(device)).uuid)
 
     def open(self, members: Sequence[GroupMember], device: Any) -> None:
-        self.close()
+        self._leave(member.backend for member in members)
 
         def join(member: GroupMember) -> None:
             arguments = (member.host, member.port, member.rank, member.world_size)
@@ -115,9 +115,13 @@ class SeparateTransport:
         self._everywhere({name: _call(send, name) for name in backends})
 
     def close(self) -> None:
-        groups, self._groups = self._groups, {}
-        for group, _ in groups.values():
-            group.close()
+        self._leave(list(self._groups))
+
+    def _leave(self, names: Iterable[str]) -> None:
+        for name in names:
+            group, _ = self._groups.pop(name, (None, 0))
+            if group is not None:
+                group.close()
 
     def _everywhere(self, calls: dict[str, Callable[[], None]]) -> None:
         """All at once; what fails for some is told for those."""

@@ -196,7 +196,7 @@ def test_with_two_processes_only_the_main_one_talks_to_the_servers(
     assert not [name for name in ranks[1]["threads"] if name.startswith("trl-pool")]
 
 
-PLAIN_SCRIPT = '''
+PLAIN_SCRIPT = """
 import json, sys, threading
 from pathlib import Path
 
@@ -222,7 +222,7 @@ Path(output, f"rank{trainer.accelerator.process_index}.json").write_text(json.du
     "threads": [thread.name for thread in threading.enumerate()],
     "differences": [entry[figure] for entry in trainer.state.log_history if figure in entry],
 }))
-'''
+"""
 
 
 def test_a_stock_trainer_feeds_two_servers_through_the_gateway_in_one_group(

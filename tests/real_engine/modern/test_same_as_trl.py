@@ -61,7 +61,11 @@ def test_pool_chats_as_one_server_does(pool: VLLMClientPool, stock: VLLMClient) 
 @pytest.mark.parametrize("chunk_size", [0, 2])
 def test_pool_scores_as_one_server_does(pool: VLLMClientPool, stock: VLLMClient, chunk_size: int) -> None:
     asked: dict[str, Any] = {"prompt_lengths": [4] * 12, "top_logprobs": 512, "chunk_size": chunk_size}
-    print(assert_same_scores(pool.get_sequence_logprobs(SEQUENCES, **asked), stock.get_sequence_logprobs(SEQUENCES, **asked)))
+    print(
+        assert_same_scores(
+            pool.get_sequence_logprobs(SEQUENCES, **asked), stock.get_sequence_logprobs(SEQUENCES, **asked)
+        )
+    )
     assert both_took_part(pool)
 
 
@@ -89,7 +93,9 @@ def test_bad_requests_are_refused_and_cost_no_server(pool: VLLMClientPool) -> No
 
 def test_stock_client_gets_the_same_through_the_gateway(through_gateway: VLLMClient, stock: VLLMClient) -> None:
     for prompts in (TEXTS, IDS):
-        print(assert_same_rollouts(through_gateway.generate(prompts, **GREEDY), stock.generate(prompts, **GREEDY), top=5))
+        print(
+            assert_same_rollouts(through_gateway.generate(prompts, **GREEDY), stock.generate(prompts, **GREEDY), top=5)
+        )
     print(assert_same_rollouts(through_gateway.chat(CHATS, **GREEDY), stock.chat(CHATS, **GREEDY), top=5))
     asked: dict[str, Any] = {"prompt_lengths": [4] * 12, "top_logprobs": 512}
     found = through_gateway.get_sequence_logprobs(SEQUENCES, **asked)
