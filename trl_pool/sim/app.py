@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,10 +12,12 @@ from trl_pool.sim.config import SimConfig
 from trl_pool.sim.faults import FaultBook
 from trl_pool.sim.gate import Gate
 from trl_pool.sim.ledger import Ledger
+from trl_pool.sim.traits import ALL_TRAITS
 from trl_pool.sim.trl_routes import add_trl_routes
+from trl_pool.sim.turns import AllAtOnce, OneAtATime, Turns
+from trl_pool.sim.vllm_routes import add_vllm_routes
+from trl_pool.sim.vllm_worker import VLLMWorker
 from trl_pool.sim.worker import Worker
-
-_ROUTES: dict[str, Callable[[FastAPI, Worker], None]] = {"trl": add_trl_routes}
 
 
 class SimApp(FastAPI):
@@ -29,12 +30,22 @@ class SimApp(FastAPI):
 
     def __init__(self, config: SimConfig) -> None:
         super().__init__(title="trl_pool.sim")
-        self.worker = Worker(config, time.monotonic, asyncio.sleep)
-        self.ledger = Ledger(time.monotonic)
+        traits = ALL_TRAITS[config.dialect]
+        self.worker: Worker | VLLMWorker
+        turns: Turns
+        if config.dialect == "trl":
+            self.worker = Worker(config, time.monotonic, asyncio.sleep)
+            turns = OneAtATime(self.worker, traits.threaded)
+            add_trl_routes(self, self.worker)
+        else:
+            self.worker = VLLMWorker(config, time.monotonic, asyncio.sleep)
+            turns = AllAtOnce(self.worker)
+            add_vllm_routes(self, self.worker)
+        self.died = self.worker.died if isinstance(self.worker, VLLMWorker) else asyncio.Event()
+        self.ledger = Ledger(time.monotonic, traits)
         self.faults = FaultBook()
-        _ROUTES[config.dialect](self, self.worker)
         # The gate goes around everything: while the event loop is taken not even a 404 is answered.
-        self.gate = Gate(self.build_middleware_stack(), self.worker, self.ledger, self.faults)
+        self.gate = Gate(self.build_middleware_stack(), self.worker, self.ledger, self.faults, traits, turns)
         self.middleware_stack = self.gate
 
 

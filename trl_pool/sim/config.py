@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from trl_pool.sim.engine import TOKEN_LIMIT, Latency
 
-DIALECTS = ("trl",)
+DIALECTS = ("trl", "vllm")
+WEIGHT_TRANSFERS = ("control", "gloo", "none")
+UNFINISHED_UPDATES = ("mixed", "fatal")
 
 
 @dataclass(frozen=True)
@@ -20,21 +23,41 @@ class SimConfig:
             Name of the weights that the server starts with; servers with the same name give the same tokens.
         max_model_len (`int`, *optional*, defaults to `4096`):
             Prompt and completion together are never longer. A prompt that leaves no room for one new token is
-            poison: the server never answers again.
+            poison to a `trl` server, which never answers again; a `vllm` server refuses it.
         vocab_size (`int`, *optional*, defaults to `2**31`):
-            A prompt with a token id of this or more is poison, too. The default takes the ids of any tokenizer;
-            completions consist of ids below 512 in any case.
+            A prompt with a token id of this or more is poison (or refused), too. The default takes the ids of any
+            tokenizer; completions consist of ids below 512 in any case.
         max_logprobs (`int`, *optional*, defaults to `-1`):
-            A request for more logprobs per token than this kills the worker; -1 allows any. (vLLM's default
-            is 20.)
+            A request for more logprobs per token than this kills a `trl` server's worker, and is refused by a `vllm`
+            server; -1 allows any. (vLLM's default is 20.)
         tensor_parallel_size (`int`, *optional*, defaults to `1`):
             One factor of the world size that the server tells.
         data_parallel_size (`int`, *optional*, defaults to `1`):
             The other factor.
         model_version (`str`, *optional*):
-            Told by `/health/` when set. Real servers tell none.
+            Told by a `trl` server's `/health/` when set. Real servers tell none.
         latency (`Latency`, *optional*):
             How long requests keep the engine; by default no longer than the simulation itself takes.
+
+    The rest concerns the `vllm` dialect.
+
+    Args:
+        model (`str`, *optional*, defaults to `"sim-model"`):
+            The id that `/v1/models` tells and requests may name.
+        vllm_version (`str`, *optional*, defaults to `"0.31.0"`):
+            Told by `/version`. It decides which endpoints there are.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`), logprobs_mode (`str`, *optional*):
+            Told by `/server_info`, `logprobs_mode` being `"processed_logprobs"` by default. Nothing depends on them.
+        api_key (`str`, *optional*):
+            Needed for everything below `/v1`, `/v2` and `/inference`, and for nothing else.
+        weight_transfer (`str`, *optional*, defaults to `"control"`):
+            `"gloo"` takes part in real broadcasts (this needs torch), `"control"` takes the announcement for the
+            tensors, `"none"` is a server without `--weight-transfer-config`.
+        unfinished_update (`str`, *optional*, defaults to `"mixed"`):
+            What becomes of a request while an update is unfinished: `"mixed"` answers it from weights that no other
+            state of the server has, `"fatal"` ends the server, as vLLM 0.31 on the CPU does.
+        trust_request_chat_template (`bool`, *optional*, defaults to `False`):
+            Whether requests may bring a chat template of their own.
     """
 
     dialect: str = "trl"
@@ -46,10 +69,25 @@ class SimConfig:
     data_parallel_size: int = 1
     model_version: str | None = None
     latency: Latency = field(default_factory=Latency)
+    model: str = "sim-model"
+    vllm_version: str = "0.31.0"
+    dtype: str = "bfloat16"
+    logprobs_mode: str = "processed_logprobs"
+    api_key: str | None = None
+    weight_transfer: str = "control"
+    unfinished_update: str = "mixed"
+    trust_request_chat_template: bool = False
 
     def __post_init__(self) -> None:
-        if self.dialect not in DIALECTS:
-            raise ValueError(f"dialect must be one of {DIALECTS}, got {self.dialect!r}")
+        for name, known in (
+            ("dialect", DIALECTS),
+            ("weight_transfer", WEIGHT_TRANSFERS),
+            ("unfinished_update", UNFINISHED_UPDATES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if not self.vllm_release:
+            raise ValueError(f"vllm_version must begin with a number, got {self.vllm_version!r}")
         for name in ("max_model_len", "vocab_size", "tensor_parallel_size", "data_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -60,3 +98,9 @@ class SimConfig:
     def world_size(self) -> int:
         """Number of ranks that the server brings to a weight update group."""
         return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def vllm_release(self) -> tuple[int, ...]:
+        """The numbers that `vllm_version` begins with: `(0, 31, 0)`."""
+        found = re.match(r"\d+(\.\d+)*", self.vllm_version)
+        return tuple(map(int, found[0].split("."))) if found else ()

@@ -28,7 +28,12 @@ def create_control_app(sim: SimApp, door: Door) -> FastAPI:
     app = FastAPI(title="trl_pool.sim control")
 
     @app.post("/sim/faults", status_code=201)
-    async def add_fault(fault: Fault) -> dict[str, Any]:
+    async def add_fault(fault: Fault) -> Any:
+        unknown = set(fault.endpoints or ()) - set(sim.ledger.traits.endpoints)
+        if unknown:
+            known = list(sim.ledger.traits.endpoints)
+            message = f"unknown endpoints {sorted(unknown)}; this dialect's are {known}"
+            return Response(msgspec.json.encode({"detail": message}), 422, media_type="application/json")
         if fault.kind == "drop_idle":
             return {"dropped": door.drop_idle()}
         if fault.kind == "refuse":
@@ -50,14 +55,9 @@ def create_control_app(sim: SimApp, door: Door) -> FastAPI:
 
     @app.get("/sim/state")
     async def state() -> Response:
-        worker = sim.worker
         found = {
             **sim.ledger.listing(),
-            "weights": {"digest": worker.weights.digest, "updates": worker.weights.updates},
-            "communicator": worker.communicator_open,
-            "mixed": worker.mixed,
-            "poisoned": worker.poisoned,
-            "dead_worker": worker.dead,
+            **sim.worker.state(),
             "listening": door.is_open,
             "connections": door.connections,
             "faults": sim.faults.listing(),
@@ -67,7 +67,7 @@ def create_control_app(sim: SimApp, door: Door) -> FastAPI:
     @app.delete("/sim/state", status_code=204)
     async def forget() -> Response:
         sim.ledger.forget()
-        sim.worker.mixed = 0
+        sim.worker.forget()
         return Response(status_code=204)
 
     return app

@@ -43,8 +43,12 @@ def tokenize(text: str) -> list[int]:
 
 def detokenize(ids: Iterable[int]) -> str:
     """The text of token ids: bytes decoded as UTF-8, other ids as `<|id|>`. The inverse of `tokenize`."""
-    parts = (bytes([i]) if 0 <= i < 256 else f"<|{i}|>".encode() for i in ids)
-    return b"".join(parts).decode("utf-8", errors="replace")
+    return b"".join(map(token_bytes, ids)).decode("utf-8", errors="replace")
+
+
+def token_bytes(token: int) -> bytes:
+    """What one token adds to a text, which may be a part of a character only."""
+    return bytes([token]) if 0 <= token < 256 else f"<|{token}|>".encode()
 
 
 def render_chat(
@@ -64,13 +68,14 @@ def render_chat(
     for message in messages:
         content = message["content"] or ""
         if isinstance(content, list):
-            content = "".join(part["text"] if part["type"] == "text" else _image(part) for part in content)
+            content = "".join(part["text"] if part["type"] == "text" else image_marker(part) for part in content)
         lines.append(f"<|{message['role']}|>{content}<|end|>\n")
     lines.append("<|assistant|>")
     return "".join(lines)
 
 
-def _image(part: Mapping[str, Any]) -> str:
+def image_marker(part: Mapping[str, Any]) -> str:
+    """What stands for an image (or whatever is no text) in a rendered conversation."""
     digest = hashlib.blake2b(json.dumps(part, sort_keys=True).encode(), digest_size=6).hexdigest()
     return f"<|{part['type']}:{digest}|>"
 
@@ -92,12 +97,12 @@ class Weights:
     @classmethod
     def checkpoint(cls, name: str = "checkpoint") -> Weights:
         """The weights that a server starts with."""
-        return cls(_digest(name))
+        return cls(digest_of(name))
 
     def updated(self, name: str, dtype: str, shape: Sequence[int]) -> Weights:
         """The weights after one more parameter. The same update twice gives two versions."""
         folded = json.dumps([self.digest, self.updates + 1, name, dtype, list(shape)])
-        return Weights(_digest(folded), self.updates + 1)
+        return Weights(digest_of(folded), self.updates + 1)
 
     @property
     def salt(self) -> int:
@@ -105,8 +110,9 @@ class Weights:
         return int(self.digest[:16], 16)
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def digest_of(content: str | bytes) -> str:
+    """128 bits of the hash of a text or of bytes, hexadecimal."""
+    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ def generate(
     *,
     max_model_len: int = 4096,
     images: Sequence[str] | None = None,
+    later: Sequence[tuple[int, Weights]] = (),
 ) -> Completions:
     """Complete each prompt `sampling.n` times.
 
@@ -168,13 +175,15 @@ def generate(
             Prompt and completion together are never longer.
         images (`Sequence[str]`, *optional*):
             One text per prompt which stands for its images; other images, other tokens.
+        later (`Sequence[tuple[int, Weights]]`, *optional*):
+            Weights that take over from a step on, by rising step: the request was under way when they changed.
     """
     if not prompts:
         return Completions([], [], [], [])
     n = sampling.n
     sums = np.array([_sum(prompt) for prompt in prompts], dtype=np.uint64)
     if images is not None:
-        sums += np.array([int(_digest(image)[:16], 16) if image else 0 for image in images], dtype=np.uint64)
+        sums += np.array([int(digest_of(image)[:16], 16) if image else 0 for image in images], dtype=np.uint64)
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     sums, positions = np.repeat(sums, n), np.repeat(lengths, n)
     room = max_model_len - positions
@@ -188,9 +197,11 @@ def generate(
     steps: list[tuple[U64, I64, I64]] = []
     ends = limit.copy()
     running = np.ones(len(sums), dtype=bool)
+    salts = [(0, weights.salt), *((step, others.salt) for step, others in later)]
     while running.any():
         step = len(steps)
-        contexts = context(sums, weights.salt)
+        salt = next(salt for first, salt in reversed(salts) if first <= step)
+        contexts = context(sums, salt)
         ranks = np.zeros(len(sums), np.int64)
         if not sampling.greedy:
             ranks = table.sample(contexts, uniform(contexts, streams))

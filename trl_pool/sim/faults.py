@@ -11,14 +11,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-WORK = ("generate", "chat", "get_sequence_logprobs")
-"""Endpoints that make the engine work."""
+from trl_pool.sim.traits import ALL_TRAITS, TRL
 
-CONTROL = ("init_communicator", "update_named_param", "reset_prefix_cache", "close_communicator")
-"""Endpoints about weights and caches."""
+ENDPOINTS = TRL.endpoints
+"""Every endpoint of the `trl` dialect by its path without slashes; `other` is any other path, redirects included."""
 
-ENDPOINTS = ("health", "get_world_size", *WORK, *CONTROL, "other")
-"""Every endpoint by its path without slashes; `other` is any other path, redirects included."""
+_KNOWN = frozenset().union(*(traits.endpoints for traits in ALL_TRAITS.values()))
 
 AT_ONCE = frozenset({"refuse", "drop_idle"})
 """Kinds that happen when they are switched on, instead of to a request."""
@@ -41,7 +39,7 @@ Kind = Literal[
 # What a fault concerns when its `endpoints` are not named. A dead worker is one behind a healthy /health/:
 # only the endpoints that wait for the worker's reply notice.
 _DEFAULT_ENDPOINTS = {
-    "dead_worker": frozenset({*WORK, "reset_prefix_cache"}),
+    "dead_worker": frozenset().union(*(traits.worker for traits in ALL_TRAITS.values())),
     "false_reset": frozenset({"reset_prefix_cache"}),
 }
 
@@ -55,20 +53,23 @@ class Fault(BaseModel):
     | `drop_idle` | kept-alive connections with no request on them are closed, once, now |
     | `hang` | no answer until faults are cleared, then the ordinary one; other requests are answered meanwhile |
     | `dead_worker` | the same, for what waits for the worker: health and world size stay fine |
-    | `slow` | the answer takes `seconds` longer, and keeps the server busy as long |
-    | `status` | an answer with this `status` and FastAPI's body for it; `Retry-After` if `retry_after` is given |
+    | `slow` | the answer takes `seconds` longer, and keeps a `trl` server busy as long |
+    | `status` | an answer with this `status` and the dialect's body for it; `Retry-After` if `retry_after` is given |
     | `busy` | 429 with `Retry-After` (1 unless given) |
     | `reset` | TCP reset after the headers and `after_bytes` of the body (default: half; -1: before any byte) |
     | `cut_json` | a complete response with half of the JSON |
     | `invalid_json` | a complete response that is no JSON |
     | `wrong_count` | one completion (or scored sequence) less than asked for |
-    | `false_reset` | `/reset_prefix_cache/` answers 200 and says in its message that it failed |
+    | `false_reset` | `reset_prefix_cache` answers 200 and says in its body that it failed |
+
+    A fault that changes or breaks a body has a streamed answer wait until it is complete.
 
     Args:
         kind (`str`):
             See the table.
         endpoints (`list[str]`, *optional*):
-            Of `ENDPOINTS`. By default every endpoint except `health`, unless the table says otherwise.
+            Of the dialect's endpoints, see `trl_pool.sim.traits`. By default every one except `health`, unless the
+            table says otherwise.
         times (`int`, *optional*):
             How many requests it happens to; by default all, until faults are cleared.
         seconds (`float`, *optional*, defaults to `0.0`):
@@ -94,9 +95,9 @@ class Fault(BaseModel):
     @field_validator("endpoints")
     @classmethod
     def _known(cls, endpoints: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        unknown = set(endpoints or ()) - set(ENDPOINTS)
+        unknown = set(endpoints or ()) - _KNOWN
         if unknown:
-            raise ValueError(f"unknown endpoints {sorted(unknown)}; known are {list(ENDPOINTS)}")
+            raise ValueError(f"unknown endpoints {sorted(unknown)}; known are {sorted(_KNOWN)}")
         return endpoints
 
     @model_validator(mode="after")

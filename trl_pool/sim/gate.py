@@ -1,7 +1,8 @@
 """Between the wire and the application: every request is counted, meets its fault, and waits for its turn.
 
 An ASGI middleware. It reads the whole body before a request counts as received, and has the whole answer in
-hand before a byte of it is sent, so a fault can replace it, cut it or break the connection in its middle.
+hand before a byte of it is sent, so a fault can replace it, cut it or break the connection in its middle. Streamed
+answers alone pass through as they come, unless a fault wants their body.
 """
 
 from __future__ import annotations
@@ -10,50 +11,45 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
-from http import HTTPStatus
-from typing import Any
+from collections.abc import Awaitable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trl_pool.sim.faults import ENDPOINTS, Fault, FaultBook
+from trl_pool.sim.answer import Answer, altered
+from trl_pool.sim.faults import Fault, FaultBook
 from trl_pool.sim.ledger import Ledger
-from trl_pool.sim.worker import Worker, hang_for_good
+from trl_pool.sim.traits import Traits
+from trl_pool.sim.turns import Turns
+from trl_pool.sim.worker import hang_for_good
 
 logger = logging.getLogger(__name__)
 
-_SCORING = "get_sequence_logprobs"
+T = TypeVar("T")
+
 _SERVER = (b"server", b"trl-pool-sim")  # on every response: no weights live here
-_LISTS = ("completion_ids", "logprobs", "logprob_token_ids", "completion_lengths")
+_ALTERING = frozenset({"reset", "cut_json", "invalid_json", "wrong_count"})
+
+
+class MayBePoisoned(Protocol):
+    """What the gate asks the worker."""
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether nothing will ever be answered again."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A whole HTTP response."""
+class Outcome:
+    """What the application made of a request."""
 
     status: int
-    headers: tuple[tuple[bytes, bytes], ...]
-    body: bytes
-
-    def with_body(self, body: bytes) -> Answer:
-        """The same response with another body, complete by its own account."""
-        kept = tuple(h for h in self.headers if h[0].lower() != b"content-length")
-        return replace(self, headers=(*kept, (b"content-length", b"%d" % len(body))), body=body)
-
-    @classmethod
-    def of_error(cls, status: int, retry_after: float | None = None) -> Answer:
-        """What FastAPI answers for an error: its status phrase as `detail`, or for a 500 as bare text."""
-        if status == 500:
-            kind, body = b"text/plain; charset=utf-8", b"Internal Server Error"
-        else:
-            phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Error"
-            kind, body = b"application/json", msgspec.json.encode({"detail": phrase})
-        headers = [(b"content-type", kind)]
-        if retry_after is not None:
-            headers.append((b"retry-after", b"%g" % retry_after))
-        return cls(status, tuple(headers), b"").with_body(body)
+    answer: Answer | None
+    """`None` when it was streamed, and so is sent already."""
+    raised: bool = False
+    """Whether it is an answer because the application raised."""
 
 
 class Gate:
@@ -62,17 +58,30 @@ class Gate:
     Args:
         app (`ASGIApp`):
             The dialect's routes.
-        worker (`Worker`):
-            Its `turn` is the server's event loop.
+        worker (`MayBePoisoned`):
+            Does the work behind them.
         ledger (`Ledger`):
             Counts.
         faults (`FaultBook`):
             Asked once per request.
+        traits (`Traits`):
+            The dialect's.
+        turns (`Turns`):
+            Decides when a request is served.
     """
 
-    def __init__(self, app: ASGIApp, worker: Worker, ledger: Ledger, faults: FaultBook) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        worker: MayBePoisoned,
+        ledger: Ledger,
+        faults: FaultBook,
+        traits: Traits,
+        turns: Turns,
+    ) -> None:
         self.app = app
         self.worker, self.ledger, self.faults = worker, ledger, faults
+        self._traits, self._turns = traits, turns
         self._released = asyncio.Event()
 
     def release(self) -> None:
@@ -88,7 +97,7 @@ class Gate:
         body = await _read(receive)
         if body is None:
             return
-        endpoint = _endpoint(scope["path"])
+        endpoint = self._traits.endpoint(scope["path"])
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         record = self.ledger.arrived(endpoint, headers, _parsed(body))
         status: int | None = None
@@ -110,7 +119,8 @@ class Gate:
         kind = fault.kind if fault else None
         if fault and kind in ("status", "busy"):
             status, default = (429, 1.0) if kind == "busy" else (fault.status, None)
-            answer = Answer.of_error(status, default if fault.retry_after is None else fault.retry_after)
+            retry_after = default if fault.retry_after is None else fault.retry_after
+            answer = Answer.of_error(status, retry_after, openai=self._traits.openai_errors)
             await _send(send, answer)
             return answer.status
         if kind in ("hang", "dead_worker"):
@@ -118,60 +128,62 @@ class Gate:
             if gone():
                 return None
         scope["state"].update(gone=gone, false_reset=kind == "false_reset")
-        run = self._run_scoring if endpoint == _SCORING else self._run_in_turn
-        answer, raised = await run(scope, receive, fault.seconds if fault and kind == "slow" else 0.0)
+        outcome = await self._outcome(scope, receive, send, endpoint, fault)
+        if outcome is None:
+            return None
+        if outcome.answer is None:
+            return outcome.status
+        answer = outcome.answer
         if fault and answer.status == 200:
-            answer = altered(answer, fault)
+            answer = altered(answer, fault, self._traits)
             if kind == "reset" and transport is not None:
                 await _send_part(send, answer, fault.after_bytes, transport)
                 return None
         await _send(send, answer)
-        if raised and transport is not None:
+        if outcome.raised and transport is not None:
             transport.close()  # uvicorn closes a connection whose request ended in an exception
         return answer.status
 
-    async def _run_in_turn(self, scope: Scope, receive: Receive, slow_seconds: float) -> tuple[Answer, bool]:
-        async with self.worker.turn:
-            if slow_seconds:
-                await self.worker.sleep(slow_seconds)
-            return await self._run(scope, receive)
+    async def _outcome(
+        self, scope: Scope, receive: Receive, send: Send, endpoint: str, fault: Fault | None
+    ) -> Outcome | None:
+        """What the application makes of the request when its turn has come; `None` if it was abandoned."""
+        capture = _Capture(None if fault and fault.kind in _ALTERING else send)
+        slow_seconds = fault.seconds if fault and fault.kind == "slow" else 0.0
+        serving = self._turns.serve(endpoint, scope["state"], slow_seconds, lambda: self._run(scope, receive, capture))
+        if endpoint in self._traits.abandoned:
+            return await _unless_left(serving, receive, capture)
+        return await serving
 
-    async def _run_scoring(self, scope: Scope, receive: Receive, slow_seconds: float) -> tuple[Answer, bool]:
-        """Scoring waits on threads: the event loop must be free to take the request and to answer it, no longer."""
-        with self.worker.pipe(scoring=True, gone=scope["state"]["gone"]) as use:
-            scope["state"]["use"] = use
-            async with self.worker.turn:
-                pass
-            if slow_seconds:
-                await self.worker.sleep(slow_seconds)
-            result = await self._run(scope, receive)
-        async with self.worker.turn:
-            return result
-
-    async def _run(self, scope: Scope, receive: Receive) -> tuple[Answer, bool]:
-        """The application's answer, and whether it is one because the application raised."""
-        capture = _Capture()
+    async def _run(self, scope: Scope, receive: Receive, capture: _Capture) -> Outcome:
         try:
             await self.app(scope, receive, capture)
-        except Exception as error:  # whatever an endpoint raises is the client's bare 500
+        except Exception as error:  # whatever an endpoint raises is the client's 500
             logger.debug("%s raised %r", scope["path"], error)
-            return Answer.of_error(500), True
-        return capture.answer(), False
+            answer = Answer.of_error(500, openai=self._traits.openai_errors, message=str(error))
+            return Outcome(500, answer, raised=True)
+        return capture.outcome()
 
 
-def altered(answer: Answer, fault: Fault) -> Answer:
-    """The answer as the fault leaves it; unchanged if the fault does not concern the body."""
-    if fault.kind == "cut_json":
-        return answer.with_body(answer.body[: len(answer.body) // 2])
-    if fault.kind == "invalid_json":
-        return answer.with_body(b'{"completion_ids": [[1, 2, oops')
-    if fault.kind == "wrong_count":
-        fields: dict[str, Any] = msgspec.json.decode(answer.body)
-        for name in _LISTS:
-            if fields.get(name):
-                fields[name] = fields[name][:-1]
-        return answer.with_body(msgspec.json.encode(fields))
-    return answer
+async def _unless_left(serving: Awaitable[T], receive: Receive, capture: _Capture) -> T | None:
+    """The result, or `None` if the client goes away before there is one; serving ends then."""
+    task, leaving = asyncio.ensure_future(serving), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        # After the last byte of a stream one is told of a disconnect as well.
+        if leaving.done() and not capture.sent_all:
+            return None
+        return await task
+    finally:
+        for one in (task, leaving):
+            one.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class _Replay:
@@ -189,20 +201,34 @@ class _Replay:
 
 
 class _Capture:
-    """`send` that keeps the response."""
+    """`send` that keeps the response, except for a stream of events, which passes through if there is a way."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Send | None) -> None:
+        self._stream = stream
+        self._streaming = False
+        self.sent_all = False
+        """Whether the last part of a stream has passed."""
         self._start: MutableMapping[str, Any] = {}
         self._body = bytearray()
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._start = message
+            kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
+            self._streaming = self._stream is not None and any(b"text/event-stream" in kind for kind in kinds)
+            if self._streaming:
+                message = {**message, "headers": [_SERVER, *message["headers"]]}
+        if self._streaming and self._stream is not None:
+            await self._stream(message)
+            self.sent_all = message["type"] == "http.response.body" and not message.get("more_body", False)
         elif message["type"] == "http.response.body":
             self._body += message.get("body", b"")
 
-    def answer(self) -> Answer:
-        return Answer(self._start["status"], tuple(self._start["headers"]), bytes(self._body))
+    def outcome(self) -> Outcome:
+        status: int = self._start["status"]
+        if self._streaming:
+            return Outcome(status, None)
+        return Outcome(status, Answer(status, tuple(self._start["headers"]), bytes(self._body)))
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -237,11 +263,6 @@ def abort(transport: asyncio.Transport) -> None:
     if sock is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
-
-
-def _endpoint(path: str) -> str:
-    name = path[1:-1]
-    return name if path == f"/{name}/" and name in ENDPOINTS else "other"
 
 
 def _parsed(body: bytes) -> object:

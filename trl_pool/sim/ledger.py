@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from trl_pool.sim.faults import ENDPOINTS, WORK
+from trl_pool.sim.traits import TRL, Traits
 
 REMEMBERED_REQUESTS = 1000
 _KEY_CHARS = 32
@@ -71,15 +71,19 @@ class Ledger:
     Args:
         clock (`Callable[[], float]`):
             Monotonic seconds.
+        traits (`Traits`, *optional*):
+            Names the endpoints.
     """
 
     clock: Callable[[], float]
-    counts: dict[str, EndpointCount] = field(default_factory=lambda: {name: EndpointCount() for name in ENDPOINTS})
+    traits: Traits = TRL
+    counts: dict[str, EndpointCount] = field(init=False)
     work: EndpointCount = field(default_factory=EndpointCount)
     requests: deque[RequestRecord] = field(default_factory=lambda: deque(maxlen=REMEMBERED_REQUESTS))
 
     def __post_init__(self) -> None:
         self._started = self.clock()
+        self.counts = {name: EndpointCount() for name in self.traits.endpoints}
 
     def arrived(self, endpoint: str, headers: Mapping[str, str], body: object) -> RequestRecord:
         """Note a request that has been received in full."""
@@ -88,7 +92,7 @@ class Ledger:
             endpoint=endpoint,
             prompts=len(prompts),
             prompt_keys=[prompt_key(prompt) for prompt in prompts],
-            n=body.get("n", 1) if isinstance(body, Mapping) and endpoint in WORK[:2] else None,
+            n=_n(body) if isinstance(body, Mapping) and endpoint in self.traits.sampling else None,
             user_agent=headers.get("user-agent"),
             x_request_id=headers.get("x-request-id"),
             seconds=self.clock() - self._started,
@@ -125,12 +129,21 @@ class Ledger:
 
     def _concerned(self, endpoint: str) -> list[EndpointCount]:
         counts = [self.counts[endpoint]]
-        return [*counts, self.work] if endpoint in WORK else counts
+        return [*counts, self.work] if endpoint in self.traits.work else counts
+
+
+def _n(body: Mapping[str, Any]) -> Any:
+    nested = body.get("sampling_params")
+    return (nested if isinstance(nested, Mapping) else body).get("n", 1)
 
 
 def _prompts(body: object) -> Sequence[object]:
     if isinstance(body, Mapping):
-        for name in ("prompts", "messages", "sequences"):
-            if isinstance(found := body.get(name), list):
-                return found
+        for name in ("prompts", "messages", "sequences", "prompt", "token_ids"):
+            found = body.get(name)
+            if isinstance(found, str):
+                return [found]
+            if isinstance(found, list):
+                # One conversation is a list of messages, one prompt a list of token ids.
+                return [found] if found and isinstance(found[0], Mapping | int) else found
     return []

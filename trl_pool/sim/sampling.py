@@ -1,7 +1,7 @@
 """Sampling parameters as vLLM's `SamplingParams` checks them.
 
 `trl vllm-serve` hands a request's fields, overridden by its `generation_kwargs`, to `SamplingParams(...)`
-inside the endpoint; whatever that raises reaches the client as a bare 500.
+inside the endpoint; whatever that raises reaches the client as a bare 500. `vllm serve` answers it with a 400.
 """
 
 from __future__ import annotations
@@ -62,7 +62,18 @@ _STRUCTURED_OPTIONS = frozenset({"disable_any_whitespace", "disable_additional_p
 
 
 class InvalidSampling(ValueError):
-    """vLLM would refuse these sampling parameters."""
+    """vLLM would refuse these sampling parameters.
+
+    Args:
+        message (`str`):
+            What is wrong with them.
+        parameter (`str`, *optional*):
+            The one at fault, where vLLM's answer tells it.
+    """
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 @dataclass(frozen=True)
@@ -136,16 +147,16 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2.0 <= get(name, 0.0) <= 2.0, f"{name} must be in [-2, 2]")
         _require(0.0 < get("repetition_penalty", 1.0) < math.inf, "repetition_penalty must be greater than zero")
-        _require(0.0 <= temperature <= 2.0, "temperature must be in [0, 2]")
-        _require(0.0 < top_p <= 1.0, "top_p must be in (0, 1]")
+        _require(0.0 <= temperature <= 2.0, "temperature must be in [0, 2]", "temperature")
+        _require(0.0 < top_p <= 1.0, "top_p must be in (0, 1]", "top_p")
         _require(isinstance(top_k, int) and top_k >= -1, "top_k must be 0 (disable), or at least 1")
         _require(0.0 <= min_p <= 1.0, "min_p must be in [0, 1]")
-        _require(max_tokens is None or max_tokens >= 1, "max_tokens must be at least 1")
+        _require(max_tokens is None or max_tokens >= 1, "max_tokens must be at least 1", "max_tokens")
         _require(min_tokens >= 0, "min_tokens must not be negative")
         _require(max_tokens is None or min_tokens <= max_tokens, "min_tokens must be at most max_tokens")
         for name in ("logprobs", "prompt_logprobs"):
             number = get(name)
-            _require(number is None or number >= -1, f"{name} must be non-negative or -1")
+            _require(number is None or number >= -1, f"{name} must be non-negative or -1", name)
         _require(all(isinstance(i, int) for i in stop_token_ids), "stop_token_ids must be integers")
         for name in ("stop", "bad_words"):
             texts = get(name)
@@ -173,6 +184,6 @@ class Sampling:
         )
 
 
-def _require(holds: bool, message: str) -> None:
+def _require(holds: bool, message: str, parameter: str | None = None) -> None:
     if not holds:
-        raise InvalidSampling(message)
+        raise InvalidSampling(message, parameter)

@@ -18,6 +18,8 @@ from trl_pool.sim.door import Door
 
 # The control port's clients are tests and examples, which ask now and then: their connections are kept.
 _CONTROL_KEEP_ALIVE_SECONDS = 600.0
+# A server whose engine dies still answers those who wait for it.
+_LAST_ANSWERS_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ServeOptions:
 
 
 async def serve(config: SimConfig, options: ServeOptions, announce: Callable[[str], None] = print) -> None:
-    """Serve until SIGTERM, SIGINT or, if so wished, the end of standard input.
+    """Serve until SIGTERM, SIGINT, the engine's death or, if so wished, the end of standard input.
 
     Args:
         config (`SimConfig`):
@@ -70,10 +72,13 @@ async def serve(config: SimConfig, options: ServeOptions, announce: Callable[[st
     control = Door(routes, options.host, options.control_port, _CONTROL_KEEP_ALIVE_SECONDS)
     starting = asyncio.create_task(_open(door, control, options.start_delay_seconds, announce))
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    died = asyncio.create_task(sim.died.wait())
+    await asyncio.wait({starting, stopped, died}, return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         starting.result()  # raises if a port could not be opened
-    await stopped
+    await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
+    if died.done():
+        await asyncio.sleep(_LAST_ANSWERS_SECONDS)
     # Requests may hang for good here, by design: nobody waits for them, and their end is no news.
     logging.getLogger("uvicorn.error").disabled = True
     starting.cancel()

@@ -1,5 +1,5 @@
-"""The simulated worker behind the server's pipe: one engine, its weights, and the ways in which it can be
-lost.
+"""The simulated worker of the `trl` dialect, behind the server's pipe: one engine, its weights, and the ways in
+which it can be lost.
 
 `trl vllm-serve` is an event loop that talks to its workers over pipes. Generating waits on the pipe *in* the
 event loop, so meanwhile the server answers nothing at all; scoring waits on threads, so it goes on answering.
@@ -73,6 +73,20 @@ class Worker:
         condition = "poisoned" if self.poisoned else "dead" if self.dead else "alive"
         weights = self.weights
         return f"<Worker: {condition}, weights {weights.digest[:8]} after {weights.updates} updates>"
+
+    def state(self) -> dict[str, object]:
+        """What `/sim/state` tells of it."""
+        return {
+            "weights": {"digest": self.weights.digest, "updates": self.weights.updates},
+            "communicator": self.communicator_open,
+            "mixed": self.mixed,
+            "poisoned": self.poisoned,
+            "dead_worker": self.dead,
+        }
+
+    def forget(self) -> None:
+        """Set the counter of mixed-up requests to zero."""
+        self.mixed = 0
 
     @contextmanager
     def pipe(self, scoring: bool, gone: Callable[[], bool]) -> Iterator[PipeUse]:
