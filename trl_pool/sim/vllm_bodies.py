@@ -119,11 +119,18 @@ class GenerateBody(BaseModel):
 
     request_id: str | None = None
     model: str | None = None
-    token_ids: list[TokenId] = Field(min_length=1)
+    token_ids: list[int] = Field(min_length=1)
     features: Features | None = None
     sampling_params: dict[str, Any]
     return_token_ids: bool | None = None
     stream: bool | None = False
+
+    @field_validator("token_ids")
+    @classmethod
+    def _not_negative(cls, token_ids: list[int]) -> list[int]:
+        if min(token_ids) < 0:
+            raise ValueError("token ids must not be negative")
+        return token_ids
 
     @model_validator(mode="after")
     def _within(self) -> GenerateBody:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -63,10 +64,18 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def ill_formed(request: Request, error: RequestValidationError) -> Response:
-        problems = error.errors()
-        where = ".".join(str(part) for part in problems[0]["loc"][:2]) if problems else None
-        message = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in problems[:10])
+        problems = [(_place(one["loc"]), one["msg"]) for one in error.errors()]
+        where: str | None = problems[0][0]
+        if where == "body" and not request.headers.get("content-type", "").startswith("application/json"):
+            problems, where = [("content-type", "only application/json is taken")], None
+        message = "; ".join(f"{place}: {problem}" for place, problem in problems[:10])
         return json_response(openai_error(400, message, HTTPStatus.BAD_REQUEST.phrase, where), 400)
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """Where in the request something is wrong, without the names of types that pydantic has tried."""
+    parts = [str(part) for part in loc]
+    return ".".join(part for part in parts if part != "str" and not set(part) & set("[]{}()"))
 
 
 class ApiKeyGuard:

@@ -118,7 +118,7 @@ def add_generation_routes(app: FastAPI, worker: VLLMWorker) -> None:
                 "token_offsets": None,
                 "features": _features(body, prompt),
                 "content_parts": None,
-                "sampling_params": {**body.sampling_fields(), "max_tokens": sampling.max_tokens, "output_kind": 2},
+                "sampling_params": _rendered_sampling(body, sampling),
                 "model": body.model,
                 "return_token_ids": None,
                 "stream": bool(body.stream),
@@ -245,6 +245,8 @@ def _checked(worker: VLLMWorker, fields: Mapping[str, Any]) -> Sampling:
         asked = fields.get(name) or 0
         if (worker.config.vocab_size if asked == -1 else asked) > most:
             raise InvalidSampling(f"{name} is {asked}, and at most {most} are allowed", name)
+    if any(not 0 <= token < worker.config.vocab_size for token in sampling.stop_token_ids):
+        raise InvalidSampling("stop_token_ids must be within the vocabulary", "stop_token_ids")
     if sampling.poison:
         raise InvalidSampling("the regular expression is none")
     return sampling
@@ -269,6 +271,28 @@ async def _scores(progress: Progress, prompts: list[list[int]], top: int | None)
 def _size(progress: Progress, prompts: list[list[int]], k: int | None, top: int | None) -> int:
     """About how many numbers are in the answer."""
     return count(progress) * (1 + abs(k or 0)) + sum(map(len, prompts)) * (1 + abs(top or 0))
+
+
+def _rendered_sampling(body: ChatBody, sampling: Sampling) -> dict[str, Any]:
+    """The sampling parameters of a rendered conversation: what the request set, over what is always shown."""
+    defaults = {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "stop": [],
+        "stop_token_ids": [],
+        "max_tokens": sampling.max_tokens,
+        "output_kind": 2,  # only when all is finished
+        "skip_clone": True,
+        "bad_words": [],
+        "skip_reading_prefix_cache": body.prompt_logprobs is not None,
+    }
+    given = {name: value for name, value in body.sampling_fields().items() if name in body.model_fields_set}
+    logprobs = {} if sampling.logprobs is None else {"logprobs": sampling.logprobs}
+    return {**defaults, **given, **logprobs}
 
 
 def _features(body: ChatBody, prompt: list[int]) -> dict[str, Any] | None:

@@ -145,7 +145,7 @@ async def chat_events(
                         "logprobs": None,
                         "finish_reason": None,
                     }
-                    extra = {"usage": short_usage(len(prompt), 0)} if continuous else {}
+                    extra = {"usage": _so_far(body, len(prompt), 0)} if continuous else {}
                     ids = prompt if body.return_token_ids else None
                     yield _event(
                         {**head.fields(), "choices": [choice], **extra, "prompt_token_ids": ids, "prompt_text": None}
@@ -187,10 +187,15 @@ def _chunk(
     chunk = {**head.fields(), "choices": [choice]}
     if _usage_wanted(body):
         if body.stream_options and body.stream_options.continuous_usage_stats:
-            chunk["usage"] = short_usage(prompt_tokens, tokens)
+            chunk["usage"] = _so_far(body, prompt_tokens, tokens)
     elif delta.finish_reason is not None:
         chunk["system_fingerprint"] = head.fingerprint
     return chunk
+
+
+def _so_far(body: CompletionBody | ChatBody, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    used = short_usage(prompt_tokens, tokens)
+    return {**used, "completion_tokens_details": None} if isinstance(body, ChatBody) else used
 
 
 def _last_chunk(head: Head, prompt_tokens: int, tokens: int) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Simulated `vllm serve` processes for tests, and the calls that tests make on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from trl_pool.sim import SimProcess
+from trl_pool.sim.engine import Weights, generate, tokenize
+from trl_pool.sim.sampling import Sampling
+
+COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/inference/v1/generate"
+RENDER = CHAT + "/render"
+USER = {"role": "user", "content": "Hi"}
+MODEL = "sim-model"
+SHORT_SECONDS = 0.2  # long enough for an answer on a busy machine, when waiting to see that there is none
+
+Answer = httpx.Response
+Aside = Callable[..., Future[Answer]]
+
+
+@contextmanager
+def started(**traits: dict[str, Any]) -> Iterator[dict[str, SimProcess]]:
+    """One server for each set of traits, all started at once."""
+    sims = {name: SimProcess(dialect="vllm", **options) for name, options in traits.items()}
+    try:
+        for sim in sims.values():
+            sim.wait_ready()
+        yield sims
+    finally:
+        for sim in sims.values():
+            sim.stop()
+
+
+def post(sim: SimProcess, path: str, body: Any = None, timeout: float = 10.0, **arguments: Any) -> Answer:
+    """One POST on a connection of its own."""
+    with httpx.Client(trust_env=False, verify=False, timeout=timeout) as client:
+        return client.post(sim.url + path, json=body, **arguments)
+
+
+def get(sim: SimProcess, path: str, timeout: float = 10.0, **arguments: Any) -> Answer:
+    """One GET on a connection of its own."""
+    with httpx.Client(trust_env=False, verify=False, timeout=timeout) as client:
+        return client.get(sim.url + path, **arguments)
+
+
+def complete(sim: SimProcess, prompt: Any = "Hello", **fields: Any) -> dict[str, Any]:
+    """The answer to `/v1/completions`, with token ids."""
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 6, "return_token_ids": True, **fields}
+    answer: dict[str, Any] = post(sim, COMPLETIONS, body).raise_for_status().json()
+    return answer
+
+
+def tokens(sim: SimProcess, prompt: Any = "Hello", **fields: Any) -> list[list[int]]:
+    """The token ids that it samples."""
+    return [choice["token_ids"] for choice in complete(sim, prompt, **fields)["choices"]]
+
+
+def expected(*prompts: str, weights: Weights | None = None, **fields: Any) -> list[list[int]]:
+    """The token ids that the engine gives, whatever the dialect."""
+    sampling = Sampling.checked({"max_tokens": 6, "logprobs": None, **fields})
+    return generate([tokenize(p) for p in prompts], sampling, weights or Weights.checkpoint()).completion_ids
+
+
+def events(answer: Answer) -> list[Any]:
+    """The events of a stream; it must end with `[DONE]`."""
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def error(answer: Answer) -> tuple[int, str, str | None]:
+    """Status, type and param of an OpenAI error, whose code must be the status."""
+    found = answer.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    assert found["code"] == answer.status_code
+    assert found["message"]
+    return answer.status_code, found["type"], found["param"]
+
+
+@contextmanager
+def aside_calls() -> Iterator[Aside]:
+    """`send(call, …)`: makes a call in another thread and gives its future."""
+    with ThreadPoolExecutor(8) as pool:
+        yield pool.submit
+
+
+def unspoilt(sim: SimProcess) -> SimProcess:
+    """The server as it is after its start: started anew if a test has left something in it."""
+    sim.clear_faults()
+    state = sim.state()
+    spoiled = (
+        *("paused", "adapters", "communicator", "updating", "running", "waiting", "in_flight", "dead_worker"),
+        *(
+            ()
+            if state["whole"] and state["weight_version"] == "default" and not state["weights"]["updates"]
+            else ("pid",)
+        ),
+    )
+    if any(state.get(name, True) for name in spoiled):
+        sim.restart()
+    sim.forget()
+    return sim
