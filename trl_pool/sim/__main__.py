@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from trl_pool.sim.config import DIALECTS, UNFINISHED_UPDATES, WEIGHT_TRANSFERS, SimConfig
 from trl_pool.sim.engine import TOKEN_LIMIT, Latency
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a simulated server until it is told to stop."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.weight_transfer == "gloo" and find_spec("torch") is None:
+        parser.error("--weight-transfer gloo needs torch")
     try:
         config = SimConfig(
             dialect=args.dialect,

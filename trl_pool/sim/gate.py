@@ -102,11 +102,11 @@ class Gate:
         record = self.ledger.arrived(endpoint, headers, _parsed(body))
         status: int | None = None
         try:
-            status = await self._serve(scope, _Replay(body, receive), send, endpoint)
+            status = await self._serve(scope, body, receive, send, endpoint)
         finally:
             self.ledger.left(record, status)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, endpoint: str) -> int | None:
+    async def _serve(self, scope: Scope, body: bytes, receive: Receive, send: Send, endpoint: str) -> int | None:
         """Answer, and say with which status; `None` if there was no whole answer."""
         if self.worker.poisoned:
             await hang_for_good()
@@ -128,7 +128,7 @@ class Gate:
             if gone():
                 return None
         scope["state"].update(gone=gone, false_reset=kind == "false_reset")
-        outcome = await self._outcome(scope, receive, send, endpoint, fault)
+        outcome = await self._outcome(scope, body, receive, send, endpoint, fault)
         if outcome is None:
             return None
         if outcome.answer is None:
@@ -145,12 +145,13 @@ class Gate:
         return answer.status
 
     async def _outcome(
-        self, scope: Scope, receive: Receive, send: Send, endpoint: str, fault: Fault | None
+        self, scope: Scope, body: bytes, receive: Receive, send: Send, endpoint: str, fault: Fault | None
     ) -> Outcome | None:
         """What the application makes of the request when its turn has come; `None` if it was abandoned."""
         capture = _Capture(None if fault and fault.kind in _ALTERING else send)
         slow_seconds = fault.seconds if fault and fault.kind == "slow" else 0.0
-        serving = self._turns.serve(endpoint, scope["state"], slow_seconds, lambda: self._run(scope, receive, capture))
+        replay = _Replay(body, receive)
+        serving = self._turns.serve(endpoint, scope["state"], slow_seconds, lambda: self._run(scope, replay, capture))
         if endpoint in self._traits.abandoned:
             return await _unless_left(serving, receive, capture)
         return await serving

@@ -155,7 +155,7 @@ class Scheduler:
         prompt_tokens = sum(map(len, job.prompts))
         told = 0
         try:
-            while not job.running and not job.aborted:
+            while (self._stalled or not job.running) and not job.aborted:
                 await self._changed.wait()
             while True:
                 steps = self._steps(job, prompt_tokens)
