@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm_sims import (
 )
 
 from trl_pool.sim import SimProcess
+from trl_pool.sim.config import SimConfig
 from trl_pool.sim.engine import Weights, detokenize, render_chat, score, tokenize
 from trl_pool.sim.ledger import prompt_key
 
@@ -542,7 +544,23 @@ def test_servers_with_the_same_adapter_give_the_same_tokens(
     assert tokens(servers[0], model="a") == tokens(servers[1], model="a")
 
 
-# Keys, releases, and what is remembered.
+# Starting, keys, releases, and what is remembered.
+
+
+@pytest.mark.parametrize(
+    "option", [{"weight_transfer": "telepathy"}, {"unfinished_update": "fine"}, {"vllm_version": "newest"}]
+)
+def test_options_that_cannot_be_are_refused_at_the_start(option: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        SimConfig(dialect="vllm", **option)
+
+
+@pytest.mark.skipif(find_spec("torch") is not None, reason="torch is installed")
+def test_gloo_is_refused_at_the_start_where_there_is_no_torch() -> None:
+    sim = SimProcess(dialect="vllm", weight_transfer="gloo")
+    with pytest.raises(RuntimeError, match="needs torch"):
+        sim.wait_ready()
+    sim.stop()
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/nothing"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -65,6 +67,18 @@ def running(sim: SimProcess, number: int = 1) -> None:
     eventually(lambda: sim.state()["running"] == number)
 
 
+@contextmanager
+def streamed(sim: SimProcess, prompt: str, **fields: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    """The choices of a stream, as they come."""
+    body = {"prompt": prompt, "stream": True, "return_token_ids": True, **fields}
+    with (
+        httpx.Client(trust_env=False, verify=False, timeout=10) as client,
+        client.stream("POST", sim.url + COMPLETIONS, json=body) as answer,
+    ):
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {"))
+        yield (json.loads(line)["choices"][0] for line in lines)
+
+
 def reasons(answer: dict[str, Any]) -> list[str]:
     return [choice["finish_reason"] for choice in answer["choices"]]
 
@@ -108,12 +122,8 @@ def test_a_request_ends_with_its_clients_connection(sim: SimProcess) -> None:
 
 
 def test_a_stream_ends_with_its_clients_connection(sim: SimProcess) -> None:
-    body = {"prompt": "x", "stream": True, **LONG}
-    with (
-        httpx.Client(trust_env=False, verify=False, timeout=10) as client,
-        client.stream("POST", sim.url + COMPLETIONS, json=body) as answer,
-    ):
-        assert next(answer.iter_lines()).startswith("data: ")
+    with streamed(sim, "x", **LONG) as choices:
+        next(choices)
         assert sim.state()["running"] == 1
     eventually(lambda: sim.state()["in_flight"] == 0)
     assert sim.state()["running"] == 0
@@ -144,8 +154,8 @@ def test_keep_freezes_what_runs_and_queues_what_comes(sim: SimProcess, aside: As
     eventually(lambda: sim.state()["waiting"] == 2)
     assert sim.state()["running"] == 0
     assert get(sim, "/health").status_code == 200
-    time.sleep(0.6)  # longer than either takes
-    assert not frozen.done()
+    with pytest.raises(TimeoutError):
+        frozen.result(timeout=0.6)  # longer than either takes
     assert not queued.done()
     assert post(sim, "/resume").json() == {"status": "resumed"}
     assert get(sim, "/is_paused").json() == {"is_paused": False}
@@ -155,12 +165,14 @@ def test_keep_freezes_what_runs_and_queues_what_comes(sim: SimProcess, aside: As
 
 def test_abort_ends_what_runs_and_queues_what_comes(sim: SimProcess, aside: Aside) -> None:
     aborted = aside(complete, sim, ["a", "bb"], **LONG)
-    running(sim)
-    time.sleep(0.2)
-    assert post(sim, "/pause").json() == {"status": "paused"}
+    with streamed(sim, "c", **LONG) as choices:
+        next(choices)  # so there are tokens by now
+        running(sim, 2)
+        assert post(sim, "/pause").json() == {"status": "paused"}
+        assert list(choices)[-1]["finish_reason"] == "abort"
     assert reasons(aborted.result()) == ["abort", "abort"]
     for found, whole in zip(aborted.result()["choices"], expected("a", "bb", **LONG), strict=True):
-        assert 0 < len(found["token_ids"]) < 200
+        assert len(found["token_ids"]) < 200
         assert found["token_ids"] == whole[: len(found["token_ids"])]
     queued = aside(complete, sim, "c")
     eventually(lambda: sim.state()["waiting"] == 1)
@@ -204,27 +216,27 @@ def test_the_frozen_go_on_with_new_weights_where_they_were(sim: SimProcess, asid
     """The async trainers' order: pause, update, resume. Tokens before are from the old weights, later ones are not."""
     group = {"master_address": "h", "master_port": 1, "rank_offset": 1, "world_size": 2}
     post(sim, "/init_weight_transfer_engine", {"init_info": group}).raise_for_status()
-    frozen = aside(complete, sim, "a", **{**LONG, "max_tokens": 40})
-    running(sim)
-    time.sleep(0.2)
-    post(sim, "/pause?mode=keep")
-    post(sim, "/start_weight_update", {})
-    update = {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2]]}
-    post(sim, "/update_weights", {"update_info": update})
-    post(sim, "/finish_weight_update", {})
-    post(sim, "/resume")
-    (choice,) = frozen.result()["choices"]
-    (old,) = expected("a", **{**LONG, "max_tokens": 40})
-    assert choice["token_ids"] != old
-    turn = next(i for i in range(40) if choice["token_ids"][i] != old[i])
-    assert turn > 0
-    digest = Weights(sim.state()["weights"]["digest"])
+    fields = {**LONG, "max_tokens": 40}
+    with streamed(sim, "a", **fields) as choices:
+        found = [next(choices) for _ in range(5)]
+        post(sim, "/pause?mode=keep")
+        post(sim, "/start_weight_update", {})
+        update = {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2]]}
+        post(sim, "/update_weights", {"update_info": update})
+        post(sim, "/finish_weight_update", {})
+        post(sim, "/resume")
+        found += choices
+    sampled = [token for choice in found for token in choice["token_ids"]]
+    (old,) = expected("a", **fields)
+    assert sampled[:5] == old[:5]
+    assert sampled != old
+    new = Weights(sim.state()["weights"]["digest"])
     sampling = Sampling(max_tokens=40, ignore_eos=True, logprobs=None)
     mixtures = [
-        generate([tokenize("a")], sampling, Weights.checkpoint(), later=[(step, digest)]).completion_ids[0]
-        for step in range(turn + 1)
+        generate([tokenize("a")], sampling, Weights.checkpoint(), later=[(step, new)]).completion_ids[0]
+        for step in range(5, 40)
     ]
-    assert choice["token_ids"] in mixtures
+    assert sampled in mixtures
 
 
 # Aborted.

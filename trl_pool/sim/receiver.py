@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 _RENDEZVOUS = ("master_address", "master_port", "rank_offset", "world_size")
 _PACKING = ("packed", "packed_buffer_size_bytes", "packed_num_buffers")
+_GLOO = ("packed_buffer_size_bytes", "timeout_seconds")
 _NOT_INITIALIZED = "weight transfer is not initialized: init_weight_transfer_engine must come first"
 _PACKED_IN_INIT = (0, 28)
 """From this vLLM on, packing is agreed on when the group is made; before, with each update."""
@@ -38,7 +39,8 @@ class Receiver(Protocol):
 
 
 class ControlReceiver:
-    """Moves nothing: the announcement is all there is.
+    """Moves nothing: the announcement is all there is. It takes what vLLM's NCCL engine and this package's gloo engine
+    take.
 
     Args:
         vllm_version (`tuple[int, ...]`):
@@ -52,7 +54,7 @@ class ControlReceiver:
 
     async def join(self, info: Mapping[str, Any]) -> None:
         self.joined = False
-        require_fields("init_info", info, _RENDEZVOUS, self._packing)
+        require_fields("init_info", info, _RENDEZVOUS, (*self._packing, *_GLOO))
         self.joined = True
 
     async def receive(self, info: Mapping[str, Any], take: Callable[[Announced, str | None], None]) -> None:
@@ -88,7 +90,7 @@ class GlooReceiver:
         from trl_pool.weights.packing import DEFAULT_BUFFER_SIZE_BYTES
 
         self.leave()
-        require_fields("init_info", info, _RENDEZVOUS, ("packed_buffer_size_bytes", "timeout_seconds"))
+        require_fields("init_info", info, _RENDEZVOUS, _GLOO)
         self._buffer_size_bytes = info.get("packed_buffer_size_bytes", DEFAULT_BUFFER_SIZE_BYTES)
 
         def open_rank(rank: int) -> Any:
