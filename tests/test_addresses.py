@@ -154,3 +154,17 @@ def test_two_ports_or_two_prefixes_of_one_host_are_two_servers() -> None:
 def test_one_wrong_address_among_good_ones_is_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match="'n2:x'"):
         parse_backends("n1:8000,n2:x,n3:8000")
+
+
+@pytest.mark.parametrize(
+    "text", ["[::1]:8000,http://[0:0:0:0:0:0:0:1]:8000", "n1.:8000,n1:8000", "10.0.0.1:80,http://10.0.0.1"]
+)
+def test_one_server_in_two_spellings_is_found_out(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="listed twice"):
+        parse_backends(text)
+
+
+@pytest.mark.parametrize("text", ["http:/n1:8000", "http//n1:8000", "https:n1"])
+def test_a_misspelt_scheme_is_no_host(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="allowed: http://"):
+        parse_backends(text)

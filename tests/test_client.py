@@ -657,3 +657,21 @@ def test_errors_of_a_mocked_transport_are_those_of_a_server() -> None:
             pool.generate(["a"])
         assert len(caught.value.attempts) == 2, "a prompt that has cost two servers goes to no third"
         assert not isinstance(caught.value, RolloutTimeoutError)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda pool: pool.chat([{"role": "user", "content": "hi"}]), "needs a list around it"),
+        (lambda pool: pool.chat(["hi"]), "item 0 is a str"),
+        (lambda pool: pool.chat([["hi"]]), "conversation 0 has a str"),
+        (lambda pool: pool.chat([[{"role": "user", "content": [None]}]]), "no dictionary"),
+        (lambda pool: pool.generate(["a"], images=["picture"]), "one list of images per prompt"),
+    ],
+)
+def test_arguments_of_the_wrong_shape_are_named(call: Callable[[Any], Any], what: str) -> None:
+    with (
+        VLLMClientPool("http://n1:8000", transport=httpx.MockTransport(healthy)) as pool,
+        pytest.raises(trl_pool.InvalidRequestError, match=what),
+    ):
+        call(pool)

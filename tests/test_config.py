@@ -250,3 +250,9 @@ def test_a_password_in_a_wrong_variable_is_not_shown() -> None:
     with pytest.raises(ConfigurationError, match=r"MAX_QUEUE='\*\*\*@n1:8000': ") as caught:
         PoolConfig.from_env({"MAX_QUEUE": "http://user:s3cret@n1:8000"})
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_longer_request_timeout_alone_is_not_cut_short_by_the_whole_calls() -> None:
+    assert PoolConfig(request_timeout=3000).total_timeout == 3000
+    assert PoolConfig.from_env({"REQUEST_TIMEOUT": "3000"}).total_timeout == 3000
+    assert PoolConfig(request_timeout=3000, total_timeout=20).total_timeout == 20

@@ -652,11 +652,16 @@ def test_a_server_that_takes_the_request_and_says_nothing_times_out_and_is_left(
     asyncio.run(go())
 
 
+async def stand_by(exchange: Exchange) -> None:
+    """Watches a silent connection to its end."""
+    await (await exchange.stand_by()).ended()
+
+
 def test_a_silent_connection_is_watched_until_the_server_closes_it() -> None:
     async def go() -> None:
         async with Server([], []) as server, exchange_to(server) as exchange:
             assert exchange.has_sockets
-            watch = asyncio.create_task(exchange.until_closed())
+            watch = asyncio.create_task(stand_by(exchange))
             while not server.writers:
                 await asyncio.wait([watch], timeout=0.01)
             assert not watch.done()
@@ -670,7 +675,7 @@ def test_a_silent_connection_is_watched_until_the_server_closes_it() -> None:
 def test_a_watch_that_is_cancelled_closes_its_connection() -> None:
     async def go() -> None:
         async with Server([]) as server, exchange_to(server) as exchange:
-            watch = asyncio.create_task(exchange.until_closed())
+            watch = asyncio.create_task(stand_by(exchange))
             while not server.writers:
                 await asyncio.wait([watch], timeout=0.01)
             watch.cancel()
@@ -681,11 +686,33 @@ def test_a_watch_that_is_cancelled_closes_its_connection() -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_watched_connection_proves_that_the_process_behind_it_is_the_same(alive: bool) -> None:
+    """Only that process can answer on it, whoever listens on the port by now."""
+
+    async def go() -> None:
+        answer = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
+        async with Server([answer], []) as server, exchange_to(server) as exchange:
+            sentinel = await exchange.stand_by()
+            watch = asyncio.create_task(sentinel.ended())
+            while not server.writers:
+                await asyncio.wait([watch], timeout=0.01)
+            if not alive:
+                await server.hang_up(0)
+                await watch
+            assert await sentinel.prove("/health/", timeout=5) is alive
+            assert not await sentinel.prove("/health/", timeout=5)  # once; after it the server counts it as idle
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    asyncio.run(go())
+
+
 def test_a_watch_on_nobody_says_so() -> None:
     async def go() -> None:
         async with Server() as server, exchange_to(server) as exchange:
             server.stop_listening()
             with pytest.raises(OSError, match=r"refused|Connect call failed"):
-                await exchange.until_closed()
+                await exchange.stand_by()
 
     asyncio.run(go())

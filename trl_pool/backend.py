@@ -139,6 +139,7 @@ class Backend:
         self.identity: Identity | None = None
         self.refusal: str | None = None  # why it cannot share work with the others
         self._identified = -1  # the incarnation that said who it is
+        self.doubt: str | None = None  # why its process may be a new one, until a probe has cleared it up
         self._busy_until = 0.0
         self._busy_streak = 0
         self._leases: set[Lease] = set()
@@ -302,7 +303,7 @@ class Backend:
         if error.refused:
             self.gone(error.detail)
         elif error.outcome is Outcome.LOST:
-            self.may_have_restarted(f"a connection broke: {error.detail}")
+            self.doubted(f"a connection broke: {error.detail}")
             self._doubted(self)
 
     def moved(self, prompts: int) -> None:
@@ -317,15 +318,40 @@ class Backend:
         self._bury_orphans()
         self.may_have_restarted("its port was closed since the last update")
 
+    def doubted(self, reason: str) -> None:
+        """A broken connection may be all that is left of the process, or just that. The next probe clears it up; until
+        then the backend takes no request, if it has had an update to lose."""
+        self.doubt = reason
+        if self._required_weights() > 0:
+            self.sync.doubted(reason)
+
+    def cleared_up(self, *, same: bool) -> None:
+        """The doubt is over.
+
+        Args:
+            same (`bool`): Whether the process is proved to be the one that it was.
+        """
+        reason, self.doubt = self.doubt, None
+        if not same:
+            self.incarnation += 1
+            if self.sync.believed is not None:
+                self.sync.lost(reason or "its process may be a new one")
+        elif self.sync.believed is not None:
+            self.sync.reached(self.sync.believed)
+        self._changed()
+
     def may_have_restarted(self, reason: str) -> None:
         """Whoever answers next may be a new process: it has no communicator, and after the first update the wrong
         weights. A `trl` server cannot say so; others are asked with the next probe."""
         self.incarnation += 1
+        self.doubt = None
         if self._required_weights() > 0 and self.sync.held is not None:
             if self.identity is not None and self.identity.keeps_version:
                 self.sync.doubted(reason)
             else:
                 self.sync.lost(reason)
+        elif self.sync.believed is not None and not (self.identity is not None and self.identity.keeps_version):
+            self.sync.lost(reason)
 
     # Traffic
 

@@ -84,6 +84,53 @@ class _Trace:
         return reused and not self.answered and (not self.sent or seconds < STALE_SECONDS)
 
 
+class Sentinel:
+    """A connection to a server that lives as long as the server's process.
+
+    uvicorn leaves a connection alone on which no request was made. Whatever is answered on it comes from the process
+    that accepted it: a server that was restarted, with or without a farewell, cannot.
+
+    Args:
+        reader (`asyncio.StreamReader`): Its one end.
+        writer (`asyncio.StreamWriter`): Its other.
+        secure (`bool`): Whether TLS would have to be spoken on it, so that it can prove nothing.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, secure: bool) -> None:
+        self._reader, self._writer, self._secure = reader, writer, secure
+        self._proof: asyncio.Future[bool] | None = None
+
+    async def ended(self) -> None:
+        """Returns when the server closes it."""
+        try:
+            with contextlib.suppress(OSError):
+                while await self._reader.read(65536):
+                    if self._proof is not None and not self._proof.done():
+                        self._proof.set_result(True)
+        finally:
+            if self._proof is not None and not self._proof.done():
+                self._proof.set_result(False)
+            self._writer.close()
+
+    async def prove(self, path: str, *, timeout: float) -> bool:
+        """Whether the process still lives that accepted this connection. Its idle time begins to count with that, so
+        the server will close it soon.
+
+        Args:
+            path (`str`): Of a GET that it answers with anything at all.
+            timeout (`float`): Seconds that it has for the answer.
+        """
+        if self._secure or self._proof is not None or self._writer.is_closing():
+            return False
+        self._proof = asyncio.get_running_loop().create_future()
+        self._writer.write(f"GET {path} HTTP/1.1\r\nHost: trl-pool\r\n\r\n".encode())
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._proof
+        except TimeoutError:
+            return False
+
+
 class Exchange:
     """HTTP to one backend.
 
@@ -150,21 +197,14 @@ class Exchange:
         """Whether there is a real server behind it, rather than a transport given from outside."""
         return not self._shares_transport
 
-    async def until_closed(self) -> None:
-        """Opens a connection, says nothing, and returns when the server closes it.
-
-        uvicorn leaves a connection alone on which no request was made, so it lives as long as the server's process.
+    async def stand_by(self) -> Sentinel:
+        """Opens a connection that says nothing, so that its end tells of the end of the server's process.
 
         Raises:
             `OSError`: when there is no connection.
         """
         reader, writer = await asyncio.open_connection(self._address.host, self._address.port)
-        try:
-            with contextlib.suppress(OSError):
-                while await reader.read(1024):
-                    pass
-        finally:
-            writer.close()
+        return Sentinel(reader, writer, secure=self._address.scheme == "https")
 
     async def post(
         self, path: str, body: bytes, *, timeout: float | None, headers: Mapping[str, str] | None = None

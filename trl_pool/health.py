@@ -14,7 +14,7 @@ import msgspec
 from .backend import SIMULATED, Backend
 from .config import PoolConfig
 from .errors import AttemptError, Outcome
-from .exchange import Answer
+from .exchange import Answer, Sentinel
 from .facts import Health
 from .identity import Identity, identify, weight_version
 
@@ -91,6 +91,7 @@ class HealthMonitor:
         self._loop_task: asyncio.Task[None] | None = None
         self._urgent: dict[str, asyncio.Task[None]] = {}
         self._sentinels: dict[str, asyncio.Task[None]] = {}
+        self._standing: dict[str, Sentinel] = {}
 
     def start(self) -> None:
         """Starts the background rounds; a second time does nothing."""
@@ -136,7 +137,12 @@ class HealthMonitor:
 
     async def _stand_by(self, backend: Backend) -> None:
         with contextlib.suppress(OSError):
-            await backend.exchange.until_closed()
+            sentinel = await backend.exchange.stand_by()
+            self._standing[backend.name] = sentinel
+            try:
+                await sentinel.ended()
+            finally:
+                self._standing.pop(backend.name, None)
             self.probe_soon(backend)
 
     def forget(self, backend: Backend) -> None:
@@ -171,6 +177,7 @@ class HealthMonitor:
                 known = await self._ask_who(backend, answer, timeout)
             if known:
                 await self._ask_weights(backend, timeout)
+                await self._clear_up(backend, timeout)
         except AttemptError as error:
             if error.refused:
                 backend.gone(error.detail)
@@ -219,12 +226,22 @@ class HealthMonitor:
         incarnation = backend.incarnation
         told = await weight_version(backend.exchange, timeout=timeout)
         backend.health.model_version = told
-        if believed is None or incarnation != backend.incarnation:
+        if believed is None or incarnation != backend.incarnation or backend.sync.believed != believed:
             return
         if told == self._version_of(believed):
             backend.sync.reached(believed)  # no new process says that
         else:
             backend.sync.lost(f"{backend.sync.reason}, and it reports weights {told!r}")
+
+    async def _clear_up(self, backend: Backend, timeout: float) -> None:
+        """Finds out whether a server that answers again is the process that it was before a connection broke."""
+        if backend.doubt is None:
+            return
+        sentinel = self._standing.get(backend.name)
+        incarnation = backend.incarnation
+        same = sentinel is not None and await sentinel.prove(backend.dialect.health_path, timeout=timeout)
+        if backend.doubt is not None and incarnation == backend.incarnation:
+            backend.cleared_up(same=same)
 
     def _up(self, backend: Backend, answer: Answer) -> None:
         backend.simulated = answer.headers.get("server") == SIMULATED

@@ -311,7 +311,7 @@ class WeightCoordinator:
 
     def grouped(self) -> list[Backend]:
         """Those that have a communicator still: a server that came back from the dead has lost it."""
-        return [b for b in self.reachable() if self._group.get(b.name) == b.incarnation]
+        return [b for b in self.reachable() if self._group.get(b.name) == b.incarnation and b.doubt is None]
 
     def drop_restarted(self, update: Update) -> None:
         """A server that was gone meanwhile has lost what it was sent."""
