@@ -234,9 +234,15 @@ class Backend:
         """Why its weights forbid it to serve; `None` if they do not."""
         return self.sync.why_stale(self._required_weights(), self._config.max_staleness)
 
+    @property
+    def updated(self) -> bool:
+        """Whether the pool has made a weight update."""
+        return self._required_weights() > 0
+
     def only_stale(self) -> bool:
         """Whether waiting cannot help, because only a weight update can."""
-        return self.refusal is not None or (self.why_stale() is not None and self.sync.believed is None)
+        may_pass = self.sync.believed is not None or (self.sync.conflict and not self.updated)
+        return self.refusal is not None or (self.why_stale() is not None and not may_pass)
 
     def why_blocked(self, lane: Lane, sharer: object = None) -> str | None:
         """Why it has to be waited for just now; `None` if a request may go out.

@@ -220,8 +220,8 @@ class HealthMonitor:
         if identity is None or not identity.keeps_version:
             return
         believed = backend.sync.believed
-        first = backend.health.model_version is None or self._config.required_model_version is not None
-        if believed is None and not first:
+        # Until this pool's own first update somebody else may send weights: what the servers say is all there is.
+        if believed is None and backend.updated:
             return
         incarnation = backend.incarnation
         told = await weight_version(backend.exchange, timeout=timeout)
