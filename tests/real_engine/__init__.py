@@ -1,1 +1,1 @@
-"""Tests against real `trl vllm-serve` processes on a CPU; README.md says how to run them."""
+"""Tests against real vLLM servers on a CPU, of both generations; README.md says how to run them."""

@@ -1,8 +1,10 @@
-"""Starts, watches and ends real `trl vllm-serve` processes."""
+"""Starts, watches and ends real servers: `trl vllm-serve` and `vllm serve`."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Self
 
+import numpy as np
 import requests
 
 from trl_pool.sim.process import hold_port
@@ -50,8 +54,8 @@ def server_environment() -> dict[str, str]:
     return environment
 
 
-class TrlServer:
-    """One `trl vllm-serve` in a process group of its own.
+class Server:
+    """One server in a process group of its own; what is particular to a generation is in the subclasses.
 
     Args:
         model_dir (`Path`):
@@ -62,7 +66,13 @@ class TrlServer:
             Interpreter of the environment that has TRL and vLLM.
         max_model_len (`int`, *optional*, defaults to `256`):
             Limit on prompt plus completion, in tokens.
+        arguments (`Sequence[str]`, *optional*):
+            More of them, for the command line.
+        environment (`Mapping[str, str]`, *optional*):
+            More variables.
     """
+
+    health_path = "/health"
 
     def __init__(
         self,
@@ -70,12 +80,17 @@ class TrlServer:
         log_dir: Path | None = None,
         python: str = sys.executable,
         max_model_len: int = MAX_MODEL_LEN,
+        *,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.model_dir = model_dir
         self.max_model_len = max_model_len
         self.port: int | None = None
+        self.arguments = list(arguments)
+        self.environment = dict(environment or {})
         self._python = python
-        self._log_dir = log_dir if log_dir is not None else Path(tempfile.mkdtemp(prefix="trl-server-"))
+        self._log_dir = log_dir if log_dir is not None else Path(tempfile.mkdtemp(prefix="server-"))
         self._starts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
@@ -84,10 +99,10 @@ class TrlServer:
     def __repr__(self) -> str:
         where = self.url if self.port else "no port"
         if self._process is None:
-            return f"TrlServer({where}, not started)"
-        return f"TrlServer({where}, pid {self._process.pid}, exit code {self._process.poll()})"
+            return f"{type(self).__name__}({where}, not started)"
+        return f"{type(self).__name__}({where}, pid {self._process.pid}, exit code {self._process.poll()})"
 
-    def __enter__(self) -> TrlServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -107,7 +122,7 @@ class TrlServer:
         """Whether the parent process lives; its worker may be lost all the same (see `answers`)."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> TrlServer:
+    def start(self) -> Self:
         """Starts the process and returns at once, on a free port that stays the same over restarts."""
         if self._process is not None:
             raise ServerError(f"{self!r} was already started; kill() or stop() it first")
@@ -118,31 +133,21 @@ class TrlServer:
         self.port = int(self._held.getsockname()[1])
         self._starts += 1
         self.log_path = self._log_dir / f"server-{self.port}-{self._starts}.log"
-        # The script beside the interpreter: the environment need not be activated.
-        command = [
-            *(str(Path(self._python).with_name("trl")), "vllm-serve"),
-            *("--model", str(self.model_dir)),
-            *("--host", HOST),
-            *("--port", str(self.port)),
-            *("--dtype", "bfloat16"),
-            *("--max_model_len", str(self.max_model_len)),
-            *("--enforce_eager", "true"),
-        ]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                command,
+                [*self._command(), *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(),
+                env=self._environment(),
                 cwd=self._log_dir,
                 # Workers outlive a killed parent and keep the port: only the whole group can be ended.
                 start_new_session=True,
             )
         return self
 
-    def wait_ready(self, deadline: float = START_SECONDS) -> TrlServer:
-        """Waits up to `deadline` seconds for `/health/`; raises `ServerError` with the log's tail."""
+    def wait_ready(self, deadline: float = START_SECONDS) -> Self:
+        """Waits up to `deadline` seconds for the health check; raises `ServerError` with the log's tail."""
         end = time.monotonic() + deadline
         while time.monotonic() < end:
             if not self.running:
@@ -151,12 +156,12 @@ class TrlServer:
                 # The parent waits for its lost worker for ever; the test need not.
                 raise self._error("lost its worker before it was ready")
             with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health/", timeout=2).status_code == 200:
+                if requests.get(f"{self.url}{self.health_path}", timeout=2).status_code == 200:
                     return self
             time.sleep(0.5)
         raise self._error(f"was not ready after {deadline:.0f} s")
 
-    def warm_up(self, deadline: float = 120.0) -> TrlServer:
+    def warm_up(self, deadline: float = 120.0) -> Self:
         """Sends one small generate: the first one takes 10 - 20 s, which would look like a hang to a test."""
         try:
             self._generate(deadline)
@@ -165,7 +170,7 @@ class TrlServer:
         return self
 
     def answers(self, deadline: float = 10.0) -> bool:
-        """Whether a small generate comes back in time: `/health/` also says ok when the worker is lost."""
+        """Whether a small generate comes back in time: the health check also says ok when the worker is lost."""
         try:
             self._generate(deadline)
         except requests.RequestException:
@@ -179,6 +184,13 @@ class TrlServer:
     def stop(self, grace_seconds: float = 10.0) -> None:
         """SIGTERM to the whole group, SIGKILL to what is left after `grace_seconds`."""
         self._end(signal.SIGTERM, grace_seconds)
+
+    def close(self) -> None:
+        """Ends it for good: its port is free for others then."""
+        self.kill()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def pause(self) -> None:
         """SIGSTOP to the whole group: connections stay open and nothing answers, as on a hung machine."""
@@ -195,11 +207,22 @@ class TrlServer:
     def _log_bytes(self) -> bytes:
         return self.log_path.read_bytes() if self.log_path is not None and self.log_path.exists() else b""
 
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The logprob of each token but the first, per sequence."""
+        raise NotImplementedError
+
+    def _environment(self) -> dict[str, str]:
+        return {**server_environment(), **self.environment}
+
+    def _script(self, name: str) -> str:
+        # Beside the interpreter: the environment need not be activated.
+        return str(Path(self._python).with_name(name))
+
+    def _command(self) -> list[str]:
+        raise NotImplementedError
+
     def _generate(self, deadline: float) -> None:
-        response = requests.post(
-            f"{self.url}/generate/", json={"prompts": [[5, 6, 7]], "max_tokens": 2}, timeout=deadline
-        )
-        response.raise_for_status()
+        raise NotImplementedError
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
@@ -233,3 +256,97 @@ class TrlServer:
 
     def _error(self, what: str) -> ServerError:
         return ServerError(f"{self!r} {what}. Log ({self.log_path}) ends with:\n{self.log_tail()}")
+
+
+class TrlServer(Server):
+    """`trl vllm-serve` of TRL up to 1.10."""
+
+    health_path = "/health/"
+
+    def _command(self) -> list[str]:
+        return [
+            *(self._script("trl"), "vllm-serve"),
+            *("--model", str(self.model_dir)),
+            *("--host", HOST),
+            *("--port", str(self.port)),
+            *("--dtype", "bfloat16"),
+            *("--max_model_len", str(self.max_model_len)),
+            *("--enforce_eager", "true"),
+        ]
+
+    def _generate(self, deadline: float) -> None:
+        body = {"prompts": [[5, 6, 7]], "max_tokens": 2}
+        requests.post(f"{self.url}/generate/", json=body, timeout=deadline).raise_for_status()
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As [`Server`]'s."""
+        body = {"sequences": sequences, "prompt_lengths": [1] * len(sequences), "top_logprobs": 1}
+        response = requests.post(
+            f"{self.url}/get_sequence_logprobs/", json={**body, "response_format": "binary"}, timeout=60
+        )
+        response.raise_for_status()
+        answer = response.json()
+        batch, length, _ = answer["shape"]
+        values = np.frombuffer(base64.b64decode(answer["actual_logprobs_b64"]), np.float32).reshape(batch, length)
+        return [values[i, :n].tolist() for i, n in enumerate(answer["completion_lengths"])]
+
+
+class VllmServer(Server):
+    """`vllm serve` with the endpoints for training, as TRL from 1.11 uses it.
+
+    Args:
+        weight_transfer (`str`, *optional*, defaults to `"gloo"`): Name of the weight transfer engine.
+        the others: As in [`Server`].
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        log_dir: Path | None = None,
+        python: str = sys.executable,
+        max_model_len: int = MAX_MODEL_LEN,
+        *,
+        weight_transfer: str = "gloo",
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(model_dir, log_dir, python, max_model_len, arguments=arguments, environment=environment)
+        self.weight_transfer = weight_transfer
+
+    @property
+    def model(self) -> str:
+        """Name that requests have to give."""
+        return str(self.model_dir)
+
+    def _environment(self) -> dict[str, str]:
+        return {**server_environment(), "VLLM_SERVER_DEV_MODE": "1", **self.environment}
+
+    def _command(self) -> list[str]:
+        return [
+            *(self._script("vllm"), "serve", str(self.model_dir)),
+            *("--host", HOST),
+            *("--port", str(self.port)),
+            *("--dtype", "bfloat16"),
+            *("--max-model-len", str(self.max_model_len)),
+            "--enforce-eager",
+            *("--logprobs-mode", "processed_logprobs"),
+            *("--max-logprobs", "-1"),
+            *("--weight-transfer-config", json.dumps({"backend": self.weight_transfer})),
+        ]
+
+    def _generate(self, deadline: float) -> None:
+        body = {"model": self.model, "prompt": [5, 6, 7], "max_tokens": 2}
+        requests.post(f"{self.url}/v1/completions", json=body, timeout=deadline).raise_for_status()
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As [`Server`]'s."""
+        body = {"model": self.model, "prompt": sequences, "prompt_logprobs": 0, "max_tokens": 1}
+        response = requests.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        response.raise_for_status()
+        return [
+            [
+                entry[str(token)]["logprob"]
+                for token, entry in zip(sequence[1:], choice["prompt_logprobs"][1:], strict=True)
+            ]
+            for sequence, choice in zip(sequences, response.json()["choices"], strict=True)
+        ]

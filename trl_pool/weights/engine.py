@@ -134,7 +134,8 @@ class GlooWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc,unuse
                     self.model.load_weights(unpack(buffer.to(self.device), chunk))
         except BaseException:
             # The others wait for us, or for what they would have had through us.
-            self.shutdown()
+            self._group.abort()
+            self._group = None
             self._put_together()
             raise
         logger.debug("%d tensors in %.2f s", len(update_info.names), time.monotonic() - started)

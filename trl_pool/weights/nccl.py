@@ -6,7 +6,6 @@ spans all servers; with a `trl vllm-serve` the server's first worker is, and the
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 import time
@@ -16,8 +15,6 @@ from .rendezvous import failure, listen
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.001
 
@@ -115,6 +112,10 @@ class NcclGroup:
         except RuntimeError as error:
             self.close()
             raise failure(error.__cause__ or error, "The barrier after a tensor", started, self.timeout) from error
+
+    def abort(self) -> None:
+        """The same as [`close`]: NCCL has no other way to leave."""
+        self.close()
 
     def close(self) -> None:
         """Aborts the communicator and leaves the group; a second time does nothing. It takes at most the 5 s that

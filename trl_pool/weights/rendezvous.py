@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 
@@ -75,8 +76,9 @@ def failure(error: BaseException, what: str, started: float, timeout: float) -> 
     Returns:
         `TimeoutError` or `ConnectionError`: to be raised from `error`.
     """
-    # The first line says it; what follows is a C++ stack, or advice about other programs.
-    detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    # Without the place in the C++ source before it, and the stack or the advice behind it.
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    detail = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", first_line).split(" This is typically")[0][:300]
     if time.monotonic() - started >= 0.95 * timeout:
         return TimeoutError(f"{what} took longer than {timeout:g} s: {detail}")
     return ConnectionError(f"{what} failed: {detail}")

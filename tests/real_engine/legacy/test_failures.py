@@ -9,7 +9,7 @@ import pytest
 
 from trl_pool import PoolConfig, RolloutError, VLLMClientPool
 
-from .servers import TrlServer
+from ..servers import TrlServer
 
 PROMPTS = [[(11 * i + 5 * j) % 480 + 10 for j in range(6 + i % 7)] for i in range(96)]
 

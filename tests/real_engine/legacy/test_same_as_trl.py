@@ -16,9 +16,9 @@ from trl.generation.vllm_client import VLLMClient
 from trl_pool import PoolConfig, VLLMClientPool
 from trl_pool.sim.process import hold_port
 
-from .comparing import assert_same_rollouts, assert_same_scores
-from .servers import HOST, MAX_MODEL_LEN, TrlServer
-from .tiny_model import VOCAB_SIZE
+from ..comparing import assert_same_rollouts, assert_same_scores
+from ..servers import HOST, MAX_MODEL_LEN, TrlServer
+from ..tiny_model import VOCAB_SIZE
 
 TEXTS = [f"bada kofi {i} mera tulo, gisa {i * 7}" for i in range(24)]
 IDS = [[(7 * i + 3 * j) % 480 + 10 for j in range(5 + i % 11)] for i in range(24)]
