@@ -382,14 +382,15 @@ class JointUpdates:
     ) -> None:
         """Frees the survivors of a failed broadcast, as far as that is possible, and collects what they say."""
         grace = min(10.0, self._config.control_timeout)
+        if self._group is not None:
+            # Not every death breaks a connection of everybody's: those who wait for the dead are told.
+            telling = asyncio.ensure_future(DaemonWorker("trl-pool-abort").run_last(self._group.abort))
+            await asyncio.wait({telling}, timeout=grace)
         await asyncio.wait({sending}, timeout=grace)
         if not sending.done():
             sending.cancel()
             self._give_up_worker()
             self._group = None
-        else:
-            # Survivors wait for a rank that is gone until the group is closed.
-            await self._leave()
         waiting = {task for task in calls if not task.done()}
         if waiting:
             await asyncio.wait(waiting, timeout=grace)

@@ -70,8 +70,11 @@ class JointGroup(Protocol):
     def broadcast(self, buffer: Any) -> None:
         """Sends a packed buffer to everybody and returns when it may be freed."""
 
+    def abort(self) -> None:
+        """Tells whoever waits in the group that it is over; safe while another thread is in a broadcast."""
+
     def close(self) -> None:
-        """Leaves the group, so that whoever waits in it is told."""
+        """Leaves the group."""
 
 
 class JointTransport(Protocol):

@@ -62,6 +62,9 @@ class _Sender:
     def broadcast(self, buffer: Any) -> None:
         self._group.broadcast(buffer, 0)
 
+    def abort(self) -> None:
+        self._group.abort()
+
     def close(self) -> None:
         self._group.close()
 

@@ -38,6 +38,13 @@ class DaemonWorker:
             self._thread.start()
         return await asyncio.wrap_future(future)
 
+    async def run_last(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of a blocking call, after which the thread ends."""
+        future = asyncio.ensure_future(self.run(function, *args))
+        await asyncio.sleep(0)  # it is in the queue now
+        self.close()
+        return await future
+
     def close(self) -> None:
         """Lets the thread end after the calls it was given."""
         if self._thread is not None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +11,10 @@ import requests
 from trl.generation.vllm_client import VLLMClient
 
 from trl_pool import PoolConfig, VLLMClientPool
-from trl_pool.sim.process import hold_port
 
 from ..comparing import assert_same_rollouts, assert_same_scores
-from ..servers import HOST, MAX_MODEL_LEN, TrlServer
+from ..gateway import running_gateway
+from ..servers import MAX_MODEL_LEN, TrlServer
 from ..tiny_model import VOCAB_SIZE
 
 TEXTS = [f"bada kofi {i} mera tulo, gisa {i * 7}" for i in range(24)]
@@ -44,28 +41,8 @@ def pool(two_servers: tuple[TrlServer, TrlServer]) -> Iterator[VLLMClientPool]:
 @pytest.fixture(scope="module")
 def gateway(two_servers: tuple[TrlServer, TrlServer]) -> Iterator[str]:
     """`python -m trl_pool.server` in front of both."""
-    held = hold_port(HOST)
-    assert held is not None, "these tests run on Linux"
-    port = held.getsockname()[1]
-    backends = ",".join(server.url for server in two_servers)
-    command = [sys.executable, "-m", "trl_pool.server", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen([*command, "--backends", backends, "--log-level", "warning"])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            assert time.monotonic() < deadline, "the gateway did not become ready"
-            time.sleep(0.1)
+    with running_gateway([server.url for server in two_servers]) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-        held.close()
 
 
 def both_took_part(pool: VLLMClientPool) -> bool:

@@ -125,7 +125,7 @@ def test_training_survives_a_death_in_the_middle_of_a_weight_sync(
     survivor within its deadline, adapters are not left merged, and the run goes on."""
     from peft import LoraConfig
 
-    survivor, victim = mortal_vllm_servers
+    victim = mortal_vllm_servers[1]
     seconds: list[float] = []
 
     def prepare(trainer: Any) -> None:
@@ -228,8 +228,8 @@ Path(output, f"rank{trainer.accelerator.process_index}.json").write_text(json.du
 def test_a_stock_trainer_feeds_two_servers_through_the_gateway_in_one_group(
     mortal_vllm_servers: Pair, model_dir: Path
 ) -> None:
-    """World size from `/get_world_size`, `rank_offset` 1, one broadcast: the protocol of TRL's own client, with gloo in
-    the place of NCCL."""
+    """World size from `/get_world_size`, `rank_offset` 1, one broadcast: the protocol of TRL's own client, with gloo
+    in the place of NCCL."""
     model = random_model(model_dir, 81)
     with running_gateway(urls(mortal_vllm_servers), "--control-timeout", "30") as gateway:
         calls: dict[str, requests.Response] = {}

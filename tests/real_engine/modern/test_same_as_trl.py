@@ -20,7 +20,7 @@ TEXTS = [f"hello {i} world" for i in range(12)]
 IDS = [[5, 6, 7 + i, 9] for i in range(12)]
 CHATS = [[{"role": "user", "content": f"hello {i}"}] for i in range(12)]
 GREEDY: dict[str, Any] = {"n": 1, "temperature": 0.0, "max_tokens": 12, "logprobs": 5}
-SEQUENCES = [ids + [11, 12, 13, 14] for ids in IDS]
+SEQUENCES = [[*ids, 11, 12, 13, 14] for ids in IDS]
 
 
 @pytest.fixture(scope="module")

@@ -84,10 +84,15 @@ def test_a_block_that_raises_publishes_nothing_and_the_next_whole_update_heals(
     mortal_vllm_servers: Pair, model_dir: Path, pool_over: Callable[..., VLLMClientPool]
 ) -> None:
     pool, model = pool_over(mortal_vllm_servers), random_model(model_dir, 41)
-    with pytest.raises(KeyError), pool.weight_update():
-        name, parameter = next(iter(model.named_parameters()))
-        pool.update_named_param(name, parameter.data)
-        raise KeyError("the trainer's own mistake")
+
+    def mistaken() -> None:
+        with pool.weight_update():
+            name, parameter = next(iter(model.named_parameters()))
+            pool.update_named_param(name, parameter.data)
+            raise KeyError("the trainer's own mistake")
+
+    with pytest.raises(KeyError):
+        mistaken()
     assert not any(backend.eligible for backend in pool.statistics().backends)
     pool.update_model_params(model)
     assert max(differences(mortal_vllm_servers, model)) < TOLERANCE
