@@ -53,6 +53,12 @@ class Identity:
         """Whether it remembers the version of its weights (vLLM 0.27.1 and later)."""
         return self.development and _numbers(self.version) >= (0, 27, 1)
 
+    @property
+    def frees_groups(self) -> bool:
+        """Whether it can be told to give its side of an update group back (vLLM 0.32 and later). Others keep the last
+        one until another takes its place."""
+        return self.development and _numbers(self.version) >= (0, 32)
+
 
 async def identify(exchange: Exchange, first: Answer, *, timeout: float) -> Identity | None:
     """Finds out who answered a probe at `/health/`.

@@ -7,6 +7,7 @@ with `/start_weight_update` and ends with `/finish_weight_update`; what comes in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -31,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 _INIT, _START = "/init_weight_transfer_engine", "/start_weight_update"
 _UPDATE, _FINISH = "/update_weights", "/finish_weight_update"
-_RESET = "/reset_prefix_cache"
+# Whoever else uses the servers must not make the reset fail: running requests compute anew what it takes from them.
+_RESET = "/reset_prefix_cache?reset_running_requests=true"
+_SHUTDOWN = "/shutdown_weight_transfer_engine"
+_RENAME = "/update_weight_version"
 _WATCH_SECONDS = 0.5
 _PORTS = 1000  # tried for a rendezvous
 
@@ -76,14 +80,17 @@ class JointUpdates:
             await self._regroup()
 
     async def close(self) -> None:
-        """Leaves the group. The servers keep their side until the next one replaces it."""
+        """Leaves the group, and lets servers that can give up their side; others keep it until the next one."""
         await self.abort("the communicator was closed")
         await self._leave()
         self._worker.close()
 
     async def _leave(self) -> None:
         group, self._group = self._group, None
+        members = [b for b in self._books.grouped() if b.identity is not None and b.identity.frees_groups]
         self._books.regroup(())
+        if members:
+            await self._books.broadcast(_SHUTDOWN, {}, members, timeout=self._join_seconds)
         if group is not None:
             try:
                 async with asyncio.timeout(self._config.control_timeout):
@@ -160,7 +167,7 @@ class JointUpdates:
             bodies[backend.name] = msgspec.json.encode({"init_info": info})
             offset += sizes[backend.name]
         joining = asyncio.ensure_future(
-            self._worker.run(transport.open, listener, world_size, self._device, self._join_seconds)
+            self._worker.run(transport.open, listener, world_size, self._device, self._config.control_timeout)
         )
         calls = asyncio.ensure_future(
             self._books.broadcast(_INIT, bodies, members, timeout=self._join_seconds + _WATCH_SECONDS)
@@ -427,8 +434,7 @@ class JointUpdates:
                 books.drop(update, await books.broadcast(_FINISH, bodies, update.members.values()))
                 for backend in update.members.values():
                     backend.sync.half = False
-                reset = f"{_RESET}?reset_running_requests=true" if self._paused else _RESET
-                books.drop(update, await books.broadcast(reset, {}, update.members.values()))
+                books.drop(update, await books.broadcast(_RESET, {}, update.members.values()))
                 books.drop(update, await self._unconfirmed(update, keepers, version))
                 books.drop_restarted(update)
             except BaseException as error:
@@ -457,8 +463,19 @@ class JointUpdates:
 
     async def abort(self, why: str) -> None:
         """Ends the update without publishing it; whoever took part is out of sync."""
+        update, version = self._books.update, self._books.version_of(self._books.number + 1)
         self._books.abandon(why)
         await self._resume()
+        if update is not None:
+            await asyncio.gather(*(self._mark(b, version) for b in update.members.values() if b.sync.half))
+
+    async def _mark(self, backend: Backend, version: str) -> None:
+        """Lets a server whose weights are mixed say so to others who ask for their version: it goes on to report the
+        last whole one otherwise."""
+        if backend.identity is not None and backend.identity.keeps_version and not backend.stuck:
+            body = msgspec.json.encode({"new_version": f"{version} incomplete"})
+            with contextlib.suppress(AttemptError):
+                await backend.exchange.once("POST", _RENAME, body, timeout=self._config.health_timeout)
 
     def _under_way(self) -> Update:
         update = self._books.update

@@ -142,7 +142,7 @@ class RelayedUpdates:
                 for backend in update.members.values():
                     backend.sync.half = False
                 # Frozen requests hold what they have computed with the old weights; they compute it anew.
-                reset = "/reset_prefix_cache" + ("?reset_running_requests=true" if self._frozen else "")
+                reset = "/reset_prefix_cache?reset_running_requests=true"
                 books.drop(update, await books.broadcast(reset, {}, update.members.values()))
                 books.drop_restarted(update)
             except BaseException as error:
