@@ -57,10 +57,7 @@ def test_probes_of_a_busy_server_eject_nobody(two_servers: tuple[TrlServer, TrlS
     config = PoolConfig(health_interval=0.5, health_timeout=0.5, request_timeout=240, total_timeout=400)
     with VLLMClientPool(two_servers[0].url, connection_timeout=30, config=config) as pool:
         kwargs = {"ignore_eos": True}
-        trial = time.monotonic()
-        pool.generate(PROMPTS[:32], n=4, max_tokens=200, generation_kwargs=kwargs, logprobs=None)
-        per_prompt = (time.monotonic() - trial) / 32
-        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(int(26 / per_prompt))]
+        count = 32
 
         seen: set[tuple[str, str, bool]] = set()
         silent = 0
@@ -75,15 +72,20 @@ def test_probes_of_a_busy_server_eject_nobody(two_servers: tuple[TrlServer, TrlS
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        started = time.monotonic()
-        answer = pool.generate(prompts, n=4, max_tokens=200, generation_kwargs=kwargs, logprobs=None)
-        seconds = time.monotonic() - started
+        # How many prompts make 20 seconds depends on the machine, and on what else it does at the moment.
+        while True:
+            prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+            started = time.monotonic()
+            answer = pool.generate(prompts, n=4, max_tokens=200, generation_kwargs=kwargs, logprobs=None)
+            seconds = time.monotonic() - started
+            assert len(answer["completion_ids"]) == 4 * len(prompts)
+            if seconds >= 20:
+                break
+            count = int(count * min(26 / seconds, 16)) + 1
         finished.set()
         watcher.join()
         backend = pool.statistics().backends[0]
         print(f"{len(prompts)} prompts × 4 in {seconds:.1f} s, watched {silent} times: {seen}")
-        assert len(answer["completion_ids"]) == 4 * len(prompts)
-        assert seconds > 15
         assert seen == {("up", "closed", True)}
         assert (backend.ejections, backend.failures) == (0, 0)
 
