@@ -18,6 +18,8 @@ from trl_pool.sim import SimFleet, SimProcess, start_fleet
 settings.register_profile("trl_pool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("trl_pool")
 
+_NO_SETTINGS = ("session_id", "transport", "weight_transport", "group_port", "connection_timeout", "api_key")
+
 QUICK: dict[str, Any] = {
     "health_interval": 0.1,
     "health_timeout": 0.5,
@@ -113,6 +115,50 @@ def fleet(_sims: SimFleet) -> Callable[..., list[SimProcess]]:
     return give
 
 
+def _vllm_made_new(sims: Sequence[SimProcess], first_weights: bool) -> None:
+    """The same for servers of the `vllm` dialect."""
+    states = []
+    for sim in sims:
+        if sim.running:
+            sim.clear_faults()
+        states.append(sim.state() if sim.running else None)
+    spoilt = ("paused", "adapters", "running", "waiting", "in_flight", "dead_worker")
+
+    def weights(state: Any) -> Any:
+        return None if state is None else (state["weights"]["digest"], state["weight_version"])
+
+    alike = len(set(map(weights, states))) == 1
+    anew = []
+    for sim, state in zip(sims, states, strict=True):
+        spoiled = state is None or not state["whole"] or any(state[name] for name in spoilt)
+        updated = state is not None and state["weight_version"] != "default"
+        if spoiled or (updated and (first_weights or not alike)):
+            anew.append(sim.restart(wait=False))
+        else:
+            sim.forget()
+    for sim in anew:
+        sim.wait_ready()
+
+
+@pytest.fixture(scope="session")
+def _vllm_sims() -> Iterator[SimFleet]:
+    with SimFleet() as sims:
+        yield sims
+
+
+@pytest.fixture
+def vllm_fleet(_vllm_sims: SimFleet) -> Callable[..., list[SimProcess]]:
+    """`vllm_fleet(n)`: n simulated `vllm serve`, as `fleet` gives `trl` servers."""
+
+    def give(n: int, first_weights: bool = True) -> list[SimProcess]:
+        if len(_vllm_sims) < n:
+            _vllm_sims.extend(start_fleet(n - len(_vllm_sims), dialect="vllm", trust_request_chat_template=True))
+        _vllm_made_new(_vllm_sims[:n], first_weights)
+        return list(_vllm_sims[:n])
+
+    return give
+
+
 @pytest.fixture
 def make_pool() -> Iterator[Callable[..., VLLMClientPool]]:
     """`make_pool(sims, **settings)`: a pool over them, closed after the test. Constructor arguments of the pool
@@ -122,7 +168,7 @@ def make_pool() -> Iterator[Callable[..., VLLMClientPool]]:
     def make(sims: Sequence[SimProcess | str], **settings: Any) -> VLLMClientPool:
         arguments = {
             name: settings.pop(name)
-            for name in ("session_id", "transport", "weight_transport", "group_port", "connection_timeout")
+            for name in _NO_SETTINGS
             if name in settings
         }
         urls = [sim if isinstance(sim, str) else sim.url for sim in sims]

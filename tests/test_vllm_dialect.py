@@ -241,3 +241,13 @@ def test_a_passed_on_body_is_split_and_put_together_as_one_server_would_have_ans
 def test_a_whole_body_is_passed_on_as_it_came() -> None:
     of = Job(Endpoint.GENERATE, ["a"], {}, 1, raw=True, body=b'{"prompt": ["a"] }')
     assert DIALECT.encode(of, [0]) == b'{"prompt": ["a"] }'
+
+
+def test_an_aborted_request_is_no_answer() -> None:
+    """It is answered 200, with the tokens that it had."""
+    whole, aborted = choice(0, [3], [5, 6]), {**choice(1, [3], [5]), "finish_reason": "abort"}
+    with pytest.raises(ValueError, match="abort"):
+        DIALECT.decode(job(units=[[3]]), [0], completion(whole, aborted))
+    chat = {"choices": [{"index": 0, "token_ids": [], "finish_reason": "abort"}], "prompt_token_ids": [1]}
+    with pytest.raises(ValueError, match="abort"):
+        DIALECT.decode(job(Endpoint.CHAT, [[]], n=1), [0], json.dumps(chat).encode())

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from trl_pool.sim import SimProcess
+from trl_pool.sim.app import SimApp, create_app
 from trl_pool.sim.engine import Weights, generate, tokenize
 from trl_pool.sim.sampling import Sampling
 
@@ -21,6 +22,39 @@ MODEL = "sim-model"
 SHORT_SECONDS = 0.2  # long enough for an answer on a busy machine, when waiting to see that there is none
 
 Answer = httpx.Response
+
+
+class Apps(httpx.AsyncBaseTransport):
+    """Simulated `vllm serve` in this process, by host name: enough where no connection has to break."""
+
+    def __init__(self, **traits: dict[str, Any]) -> None:
+        self.apps: dict[str, SimApp] = {}
+        self.down: set[str] = set()
+        self.requests: list[httpx.Request] = []
+        for host, options in traits.items():
+            self.start(host, **options)
+
+    def start(self, host: str, **options: Any) -> None:
+        """A server at this host, in place of the one before it."""
+        self.apps[host] = create_app(**{"dialect": "vllm", **options})
+        self.down.discard(host)
+
+    @property
+    def urls(self) -> list[str]:
+        return [f"http://{host}:8000" for host in self.apps]
+
+    def asked(self, path: str) -> list[httpx.Request]:
+        """The requests to a path."""
+        return [request for request in self.requests if request.url.path == path]
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        if request.url.host in self.down:
+            raise httpx.ConnectError("[Errno 111] Connection refused")
+        app = httpx.ASGITransport(app=self.apps[request.url.host], raise_app_exceptions=False)
+        return await app.handle_async_request(request)
+
+
 Aside = Callable[..., Future[Answer]]
 
 

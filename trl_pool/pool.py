@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_GROUP_PORT = 51216
 
+SINGLES_AT_ONCE = 64
+"""Requests of one prompt each that a server has of one call at once, where the caller has no say in it; TRL's own."""
+
 
 class AsyncVLLMClientPool(TrainedFleet):
     """Many vLLM servers behind the methods of TRL's `VLLMClient`, for asyncio.
@@ -197,7 +200,9 @@ class AsyncVLLMClientPool(TrainedFleet):
         job = validation.generate_job(request, self.limits(), lenient=lenient)
         if features is not None:
             job = validation.with_features(job, features, self.dialect)
-        return await self._value(job, self._route(session_id), progress, "generate")
+        # With features a request carries one prompt, as TRL's client sends them.
+        at_once = 1 if features is None else SINGLES_AT_ONCE
+        return await self._value(job, self._route(session_id, at_once), progress, "generate")
 
     @guarded
     async def chat(

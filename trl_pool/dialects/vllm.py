@@ -51,6 +51,7 @@ class _Choice(msgspec.Struct):
     token_ids: list[int]
     prompt_token_ids: list[int] | None = None
     logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
 
 
 class _Completion(msgspec.Struct):
@@ -61,6 +62,7 @@ class _ChatChoice(msgspec.Struct):
     index: int
     token_ids: list[int]
     logprobs: _ChatLogprobs | None = None
+    finish_reason: str | None = None
 
 
 class _Chat(msgspec.Struct):
@@ -163,6 +165,7 @@ class VllmDialect(Dialect):
         if self.units_per_request(job) == 1:
             chat = _decode_chat(body)
             expect("choices", len(chat.choices), n)
+            _require_whole(chat.choices)
             choices = sorted(chat.choices, key=lambda choice: choice.index)
             prompt_ids = job.units[indices[0]] if job.features is not None else chat.prompt_token_ids
             if prompt_ids is None:
@@ -179,6 +182,7 @@ class VllmDialect(Dialect):
             ]
         answer = _decode_completion(body)
         expect("choices", len(answer.choices), n * len(indices))
+        _require_whole(answer.choices)
         flat = sorted(answer.choices, key=lambda choice: choice.index)
         with_logprobs = all(choice.logprobs is not None for choice in flat)
         parsed = [_of_lists(choice.logprobs) for choice in flat if choice.logprobs is not None]
@@ -238,6 +242,12 @@ class VllmDialect(Dialect):
                 )
             )
         return found
+
+
+def _require_whole(choices: Sequence[_Choice] | Sequence[_ChatChoice]) -> None:
+    """An aborted request (`/pause?mode=abort`, `/abort_requests`) is answered 200, with the tokens that it had."""
+    if any(choice.finish_reason == "abort" for choice in choices):
+        raise ValueError("the server was told to abort the request")
 
 
 def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
