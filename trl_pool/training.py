@@ -343,7 +343,7 @@ class TrainedFleet(Fleet):
         if self._device is None:
             return
         grouped = {backend.name for backend in self._weights.grouped()}
-        returned = [b for b in self._weights.reachable() if b.name not in grouped and b.refusal is None]
+        returned = [b for b in self._weights.reachable() if b.name not in grouped]
         if returned:
             logger.info("Taking %s into weight updates", ", ".join(b.url for b in returned))
             await self._open_separate(returned, beside=True)

@@ -252,15 +252,11 @@ class WeightCoordinator:
 
     def reachable(self) -> list[Backend]:
         """Backends that a control call can reach: up or busy, not stuck in an earlier call, not on their way out."""
-        return [
-            b
-            for b in self._dispatcher.backends.values()
-            if not b.draining and b.health.state is not Health.DOWN and not b.stuck
-        ]
+        return [b for b in self.everybody() if b.health.state is not Health.DOWN and not b.stuck]
 
     def everybody(self) -> list[Backend]:
-        """All backends that are not on their way out."""
-        return [b for b in self._dispatcher.backends.values() if not b.draining]
+        """All backends that are not on their way out, or another model's."""
+        return [b for b in self._dispatcher.backends.values() if not b.draining and b.refusal is None]
 
     # Updates
 

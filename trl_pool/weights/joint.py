@@ -105,7 +105,7 @@ class JointUpdates:
         self._worker = DaemonWorker("trl-pool-weights")
 
     def _candidates(self) -> list[Backend]:
-        return [b for b in self._books.reachable() if b.identity is not None and b.refusal is None]
+        return [b for b in self._books.reachable() if b.identity is not None]
 
     async def _reconcile(self) -> None:
         """Makes the group anew if it is not exactly that of the servers that can be reached now."""
