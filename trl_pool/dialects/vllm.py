@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -350,8 +351,19 @@ def _raw_merge(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged = {**(rests[0] if rests else {}), "choices": choices}
     usages = [rest["usage"] for rest in rests if isinstance(rest.get("usage"), dict)]
     if usages:
-        merged["usage"] = {
-            name: sum(usage.get(name) or 0 for usage in usages) if isinstance(value, int) else value
-            for name, value in usages[0].items()
-        }
+        merged["usage"] = _sum(usages)
     return merged
+
+
+def _sum(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts added up by name, those in objects (`prompt_tokens_details`) as well."""
+    total: dict[str, Any] = {}
+    for name in dict.fromkeys(chain.from_iterable(counts)):
+        values = [count[name] for count in counts if count.get(name) is not None]
+        if values and all(isinstance(value, dict) for value in values):
+            total[name] = _sum(values)
+        elif values and all(isinstance(value, int) for value in values):
+            total[name] = sum(values)
+        else:
+            total[name] = values[0] if values else None
+    return total
