@@ -178,13 +178,14 @@ class Scheduler:
             self.notify()
 
     async def pause(self, mode: str) -> None:
-        """Stop scheduling: `keep` freezes what runs, `abort` ends it, `wait` waits for it. New jobs queue."""
+        """Stop scheduling: `keep` freezes what runs, `abort` ends all there is, frozen and queued as well, `wait`
+        waits for what runs. New jobs queue."""
         self.paused = True
-        for job in self._running:
-            if mode == "keep":
+        if mode == "abort":
+            self.abort()
+        elif mode == "keep":
+            for job in self._running:
                 job.running = False
-            elif mode == "abort":
-                job.aborted = True
         self.notify()
         while mode != "keep" and self._running:
             await self._changed.wait()
