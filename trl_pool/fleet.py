@@ -29,6 +29,7 @@ from .errors import (
     BackendsUnreachableError,
     ConfigurationError,
     DuplicateBackendError,
+    NoBackendAvailableError,
 )
 from .exchange import Exchange
 from .facts import Health
@@ -428,6 +429,15 @@ class Fleet:
             (b.dialect for b in self._dispatcher.backends.values() if b.identity is not None and b.refusal is None),
             self._dialects["trl"],
         )
+
+    def require_recognised(self) -> None:
+        """Refuses to take `trl` for more than a guess.
+
+        Raises:
+            [`NoBackendAvailableError`]: while no server has said who it is.
+        """
+        if all(b.identity is None or b.refusal is not None for b in self._dispatcher.backends.values()):
+            raise NoBackendAvailableError(self._dispatcher.reasons(), retry_after=self.config.health_interval)
 
     @property
     def model(self) -> str | None:

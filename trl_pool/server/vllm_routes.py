@@ -32,6 +32,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 def _vllm(request: Request) -> AsyncVLLMClientPool:
     pool = pool_of(request)
     if not pool.one_group:
+        pool.require_recognised()
         raise WrongDialectError(
             f"{request.url.path} is an endpoint of `vllm serve`, and the backends are `trl vllm-serve`; "
             "use /generate/, /chat/, /get_sequence_logprobs/"
