@@ -29,7 +29,7 @@ def affinity_key(unit: Any, prefix_chars: int) -> str:
     if isinstance(unit, str):
         # White space may make up most of a prompt's beginning; four times as much is read before it is collapsed.
         return " ".join(unit[: 4 * prefix_chars].split())[:prefix_chars]
-    if unit and isinstance(unit[0], dict):
+    if unit and all(isinstance(message, dict) for message in unit):
         text = ""
         for message in unit:
             text += f"{message.get('role')}: {_content_text(message.get('content'))}\n"

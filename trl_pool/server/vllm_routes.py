@@ -84,15 +84,15 @@ def add_openai_routes(app: FastAPI) -> None:
         """Completions; several prompts are spread over the backends."""
         body, fields = await _object(request)
         prompt = fields.get("prompt")
-        several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-        units: list[Any] = prompt if several and isinstance(prompt, list) else [prompt]
+        several = _several(prompt)
+        first = prompt[0] if several else prompt if isinstance(prompt, str | list) else ""
         n = _completions(fields)
         if fields.get("stream"):
-            return await stream(request, body, units[0] or "", n * len(units))
+            return await stream(request, body, first, n * (len(prompt) if several else 1))
         rest = {name: value for name, value in fields.items() if name != "prompt"}
         if not several or "prompt_embeds" in fields:
-            return await serve(request, _passed(request, body, units[0] or "", n))
-        return await serve(request, Job(Endpoint.GENERATE, units, rest, n, raw=True, body=body))
+            return await serve(request, _passed(request, body, first, n))
+        return await serve(request, Job(Endpoint.GENERATE, prompt, rest, n, raw=True, body=body))
 
     async def chat_completions(request: Request) -> Response:
         """A chat completion, by one backend."""
@@ -133,9 +133,18 @@ def _passed(request: Request, body: bytes, unit: Any, n: int) -> Job:
     return Job(Endpoint.PASS, [unit], n=n, raw=True, body=body, target=request.url.path.rstrip("/"))
 
 
+def _several(prompt: Any) -> bool:
+    """Whether these are prompts that can be served apart. What a server would refuse goes to one as it is."""
+    if not isinstance(prompt, list) or not prompt:
+        return False
+    return all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt)
+
+
 def _completions(fields: dict[str, Any]) -> int:
-    n = fields.get("n", 1)
-    return n if isinstance(n, int) and not isinstance(n, bool) and n >= 1 else 1
+    """`n`, which servers take as text, too; what they refuse counts as one."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return max(1, int(fields.get("n", 1)))
+    return 1
 
 
 class _Streamed(StreamingResponse):
@@ -172,7 +181,11 @@ def add_development_routes(app: FastAPI) -> None:
         _, fields = await _object(request)
         init_info = fields.get("init_info")
         if not isinstance(init_info, dict):
-            raise InvalidRequestError("Missing 'init_info' in request body")
+            raise InvalidRequestError("init_info must be an object")
+        for name in ("rank_offset", "world_size"):
+            value = init_info.get(name, 1)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidRequestError(f"init_info.{name} must be a positive number, got {value!r}")
         return broadcast_answer("init_weight_transfer_engine", await _vllm(request).relay.init(init_info))
 
     async def start(request: Request) -> Response:
@@ -185,8 +198,10 @@ def add_development_routes(app: FastAPI) -> None:
         body, fields = await _object(request)
         info = fields.get("update_info")
         if not isinstance(info, dict):
-            raise InvalidRequestError("Missing 'update_info' in request body")
-        names = [str(name) for name in info.get("names", ())]
+            raise InvalidRequestError("update_info must be an object")
+        names = info.get("names", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InvalidRequestError("update_info.names must be a list of names")
         return broadcast_answer("update_weights", await _vllm(request).relay.update(body, names))
 
     async def finish(request: Request) -> Response:
