@@ -72,10 +72,12 @@ class Gateway:
     """A gateway with short time-outs in a thread of this process, on a real socket.
 
     `client` talks to it. When it is closed nothing may have been logged as an error by uvicorn or the application,
-    which is how an exception shows that no handler knew.
+    which is how an exception shows that no handler knew. `transport` takes the place of the sockets to the backends.
     """
 
-    def __init__(self, backends: Backends, **settings: Any) -> None:
+    def __init__(
+        self, backends: Backends, *, transport: httpx.AsyncBaseTransport | None = None, **settings: Any
+    ) -> None:
         self.settings = GatewaySettings(backends=tuple(urls(backends)), **{**QUICK, **settings})
         self.errors: list[str] = []
         # asyncio sets TCP_NODELAY only where the protocol is named; without it every answer takes 40 ms.
@@ -85,7 +87,7 @@ class Gateway:
         self.address: tuple[str, int] = self._socket.getsockname()
         self.url = "http://{}:{}".format(*self.address)
         self.client = http(self.url)
-        config = uvicorn.Config(create_app(self.settings), log_config=None, log_level="warning")
+        config = uvicorn.Config(create_app(self.settings, transport=transport), log_config=None, log_level="warning")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._log = logging.Handler(logging.ERROR)
