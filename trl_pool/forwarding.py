@@ -11,9 +11,9 @@ from .backend import Lane, Lease
 from .breaker import Verdict
 from .config import PoolConfig
 from .dispatch import Dispatcher, Want
-from .errors import Attempt, AttemptError, RolloutError
+from .errors import Attempt, AttemptError, Outcome, RolloutError, RolloutTimeoutError
 from .exchange import judge, translate
-from .retry import RULES
+from .retry import MAX_COSTS, RULES
 
 
 class Forwarder:
@@ -46,23 +46,33 @@ class Forwarder:
         Raises:
             [`RequestRejectedError`]: a backend answered 4xx.
             [`NoBackendAvailableError`], [`OverloadedError`]: it could not be sent.
-            [`RolloutError`]: every attempt failed.
+            [`RolloutError`], [`RolloutTimeoutError`]: every attempt failed, or the time is up.
         """
         deadline = self._clock() + self._config.total_timeout
         attempts: list[Attempt] = []
         tried: set[str] = set()
+        costs = 0
         while True:
             want = Want(Lane.GENERATE, weight, key, tried=tried, owner=object())
-            lease = await self._dispatcher.lease(want, until=deadline, new_call=not attempts)
+            try:
+                lease = await self._dispatcher.lease(want, until=deadline, new_call=not attempts)
+            except TimeoutError:
+                reason = f"total_timeout of {self._config.total_timeout:g} s reached"
+                raise RolloutTimeoutError({0: attempts}, reason=reason) from None
             started = self._clock()
             async with contextlib.AsyncExitStack() as stack:
                 stack.callback(lease.backend.release_unused, lease)
                 try:
                     response = await stack.enter_async_context(self._open(lease, path, body, headers))
                 except AttemptError as error:
-                    attempts.append(self._failed(lease, error, self._clock() - started))
+                    attempt = self._failed(lease, error, self._clock() - started)
+                    if error.outcome is Outcome.BUSY:
+                        continue  # no failure: it waits its turn
+                    attempts.append(attempt)
                     tried.add(lease.backend.name)
-                    if not RULES[error.outcome].again or len(attempts) >= self._config.max_attempts:
+                    rule = RULES[error.outcome]
+                    costs += rule.costs
+                    if not rule.again or costs >= MAX_COSTS or len(attempts) >= self._config.max_attempts:
                         raise RolloutError({0: attempts}) from error
                     continue
                 try:
