@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -18,13 +19,18 @@ from starlette.types import Receive, Scope, Send
 
 from .. import balancer, validation
 from ..dialects.base import Endpoint, Job
-from ..errors import BackendMismatchError, InvalidRequestError
+from ..errors import AttemptError, BackendMismatchError, InvalidRequestError
 from ..pool import AsyncVLLMClientPool
 from .failures import WrongDialectError, json_response
 from .plumbing import REQUEST_ID, add, broadcast_answer, broadcast_body, pool_of, read_body, while_connected
 from .settings import GatewaySettings
 
-_HOP_BY_HOP = frozenset({"connection", "content-length", "keep-alive", "server", "date", "transfer-encoding"})
+# What concerns the connection, and what the gateway says itself.
+_NOT_PASSED_ON = frozenset(
+    {"connection", "content-length", "keep-alive", "upgrade", "trailer", "transfer-encoding", "server", "date", REQUEST_ID}
+)
+
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -75,7 +81,8 @@ def add_openai_routes(app: FastAPI) -> None:
             key=balancer.affinity_key(unit, settings.prompt_sticky_prefix_chars),
             weight=weight,
             session_id=request.headers.get(settings.sticky_header),
-            headers=_headers(request),
+            # The bytes pass through as they are, so it is the client who has to be able to decode them.
+            headers={**_headers(request), "accept-encoding": request.headers.get("accept-encoding", "identity")},
         )
         name, response = await while_connected(request, context.__aenter__())
         return _Streamed(context, name, response)
@@ -152,7 +159,7 @@ class _Streamed(StreamingResponse):
 
     def __init__(self, context: Any, backend: str, response: httpx.Response) -> None:
         self._context, self._whole = context, False
-        headers = {name: value for name, value in response.headers.items() if name not in _HOP_BY_HOP}
+        headers = {name: value for name, value in response.headers.items() if name not in _NOT_PASSED_ON}
         super().__init__(self._pieces(response), response.status_code, {**headers, "x-backend": backend})
 
     async def _pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
@@ -164,8 +171,13 @@ class _Streamed(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         except BaseException as error:
-            # The head is out: all that is left is to break off, which the client sees.
-            await self._context.__aexit__(type(error), error, error.__traceback__)
+            try:
+                await self._context.__aexit__(type(error), error, error.__traceback__)
+            except AttemptError as problem:
+                # The head is out: all that is left is to break off, which the client sees. An answer without its end
+                # makes the server close the connection.
+                logger.warning("Request %s: its stream broke off: %s", scope["state"]["request_id"], problem)
+                return
             raise
         # A client that left in the middle says nothing about the backend.
         left = None if self._whole else asyncio.CancelledError()
