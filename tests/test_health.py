@@ -127,3 +127,46 @@ def test_an_idle_server_that_answers_no_probe_is_suspect_and_comes_last(fleet: F
     with pytest.raises(RolloutError):
         pool.generate(["alone"], max_tokens=1)
     assert pool.statistics().backends[0].ejections == 1
+
+
+def test_a_connection_that_breaks_during_a_probe_does_not_change_who_the_server_is() -> None:
+    """Whoever answers afterwards may be a new process and is asked; the answer to the old question says nothing."""
+
+    class Vllm(httpx.AsyncBaseTransport):
+        told = {
+            "/v1/models": {"data": [{"id": "m", "max_model_len": 99}]},
+            "/version": {"version": "0.31.0"},
+            "/server_info": {"vllm_config": {}},
+            "/weight_info": {"weight_version": "default"},
+        }
+
+        def __init__(self) -> None:
+            self.asked: asyncio.Event | None = None
+            self.goes_on = asyncio.Event()
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if request.method == "POST":
+                raise httpx.ReadError("reset")
+            if request.url.path == "/health" and self.asked is not None:
+                self.asked.set()
+                await self.goes_on.wait()
+            if request.url.path in self.told:
+                return httpx.Response(200, json=self.told[request.url.path])
+            return httpx.Response(200 if request.url.path == "/health" else 404)
+
+    async def run() -> None:
+        transport = Vllm()
+        config = quick(health_interval=60, backend_wait_seconds=0, max_attempts=1)
+        async with AsyncVLLMClientPool("http://n1", config=config, transport=transport) as pool:
+            await pool._monitor.probe_once()
+            transport.asked = asyncio.Event()
+            probe = asyncio.create_task(pool._monitor.probe_once())
+            await transport.asked.wait()
+            with pytest.raises(RolloutError, match="connection lost"):
+                await pool.generate([[1]])
+            transport.goes_on.set()
+            await probe
+            assert pool.dialect.name == "vllm"
+            assert pool.statistics().backends[0].eligible
+
+    asyncio.run(run())

@@ -168,10 +168,15 @@ class HealthMonitor:
         before = backend.health.state
         # Work that ends while the probe is under way explains its silence as well as work that is still out.
         busy = backend.working
-        path = backend.dialect.health_path if backend.recognised else _UNKNOWN_PATH
+        recognised = backend.recognised
+        path = backend.dialect.health_path if recognised else _UNKNOWN_PATH
         try:
             answer = await backend.exchange.once("GET", path, timeout=timeout)
-            if backend.recognised:
+            if recognised and not backend.recognised:
+                # A connection broke meanwhile, so this may be a new process; its answer here does not say who it is.
+                recognised = False
+                answer = await backend.exchange.once("GET", _UNKNOWN_PATH, timeout=timeout)
+            if recognised:
                 known = answer.status == 200
             else:
                 known = await self._ask_who(backend, answer, timeout)
