@@ -13,7 +13,7 @@ from .config import PoolConfig
 from .dispatch import Dispatcher, Want
 from .errors import Attempt, AttemptError, Outcome, RolloutError, RolloutTimeoutError
 from .exchange import judge, translate
-from .retry import MAX_COSTS, RULES
+from .retry import MAX_COSTS, MAX_SERVER_ERRORS, RULES
 
 
 class Forwarder:
@@ -51,7 +51,7 @@ class Forwarder:
         deadline = self._clock() + self._config.total_timeout
         attempts: list[Attempt] = []
         tried: set[str] = set()
-        costs = 0
+        costs = errors = 0
         while True:
             want = Want(Lane.GENERATE, weight, key, tried=tried, owner=object())
             try:
@@ -71,8 +71,9 @@ class Forwarder:
                     attempts.append(attempt)
                     tried.add(lease.backend.name)
                     rule = RULES[error.outcome]
-                    costs += rule.costs
-                    if not rule.again or costs >= MAX_COSTS or len(attempts) >= self._config.max_attempts:
+                    costs, errors = costs + rule.costs, errors + rule.compare
+                    enough = costs >= MAX_COSTS or errors >= MAX_SERVER_ERRORS
+                    if not rule.again or enough or len(attempts) >= self._config.max_attempts:
                         raise RolloutError({0: attempts}) from error
                     continue
                 try:
