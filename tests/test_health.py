@@ -142,7 +142,7 @@ def test_a_connection_that_breaks_during_a_probe_does_not_change_who_the_server_
 
         def __init__(self) -> None:
             self.asked: asyncio.Event | None = None
-            self.goes_on = asyncio.Event()
+            self.goes_on, self.says_who_it_is = asyncio.Event(), asyncio.Event()
 
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             if request.method == "POST":
@@ -150,6 +150,8 @@ def test_a_connection_that_breaks_during_a_probe_does_not_change_who_the_server_
             if request.url.path == "/health" and self.asked is not None:
                 self.asked.set()
                 await self.goes_on.wait()
+            if request.url.path == "/health/" and self.asked is not None:
+                await self.says_who_it_is.wait()
             if request.url.path in self.told:
                 return httpx.Response(200, json=self.told[request.url.path])
             return httpx.Response(200 if request.url.path == "/health" else 404)
@@ -165,6 +167,9 @@ def test_a_connection_that_breaks_during_a_probe_does_not_change_who_the_server_
             with pytest.raises(RolloutError, match="connection lost"):
                 await pool.generate([[1]])
             transport.goes_on.set()
+            for _ in range(100):  # as far as it comes with the answer to the old question
+                await asyncio.sleep(0)
+            transport.says_who_it_is.set()
             await probe
             assert pool.dialect.name == "vllm"
             assert pool.statistics().backends[0].eligible
