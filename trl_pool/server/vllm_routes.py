@@ -27,7 +27,17 @@ from .settings import GatewaySettings
 
 # What concerns the connection, and what the gateway says itself.
 _NOT_PASSED_ON = frozenset(
-    {"connection", "content-length", "keep-alive", "upgrade", "trailer", "transfer-encoding", "server", "date", REQUEST_ID}
+    {
+        "connection",
+        "content-length",
+        "keep-alive",
+        "upgrade",
+        "trailer",
+        "transfer-encoding",
+        "server",
+        "date",
+        REQUEST_ID,
+    }
 )
 
 logger = logging.getLogger(__name__)
@@ -90,16 +100,14 @@ def add_openai_routes(app: FastAPI) -> None:
     async def completions(request: Request) -> Response:
         """Completions; several prompts are spread over the backends."""
         body, fields = await _object(request)
-        prompt = fields.get("prompt")
-        several = _several(prompt)
-        first = prompt[0] if several else prompt if isinstance(prompt, str | list) else ""
+        units = _apart(fields.get("prompt"))
         n = _completions(fields)
         if fields.get("stream"):
-            return await stream(request, body, first, n * (len(prompt) if several else 1))
+            return await stream(request, body, units[0], n * len(units))
         rest = {name: value for name, value in fields.items() if name != "prompt"}
-        if not several or "prompt_embeds" in fields:
-            return await serve(request, _passed(request, body, first, n))
-        return await serve(request, Job(Endpoint.GENERATE, prompt, rest, n, raw=True, body=body))
+        if len(units) == 1 or "prompt_embeds" in fields:
+            return await serve(request, _passed(request, body, units[0], n))
+        return await serve(request, Job(Endpoint.GENERATE, units, rest, n, raw=True, body=body))
 
     async def chat_completions(request: Request) -> Response:
         """A chat completion, by one backend."""
@@ -140,11 +148,12 @@ def _passed(request: Request, body: bytes, unit: Any, n: int) -> Job:
     return Job(Endpoint.PASS, [unit], n=n, raw=True, body=body, target=request.url.path.rstrip("/"))
 
 
-def _several(prompt: Any) -> bool:
-    """Whether these are prompts that can be served apart. What a server would refuse goes to one as it is."""
-    if not isinstance(prompt, list) or not prompt:
-        return False
-    return all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt)
+def _apart(prompt: Any) -> list[Any]:
+    """The prompts that can be served apart, or a single one. What a server would refuse goes to one as it is."""
+    if isinstance(prompt, list) and prompt:
+        several = all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt)
+        return prompt if several else [prompt]
+    return [prompt if isinstance(prompt, str) else ""]
 
 
 def _completions(fields: dict[str, Any]) -> int:
@@ -256,14 +265,22 @@ def add_development_routes(app: FastAPI) -> None:
 
         return change
 
-    def broadcast(path: str, answer: dict[str, Any]) -> Handler:
-        async def send(request: Request) -> Response:
-            """Goes to every backend."""
-            settings: GatewaySettings = app.state.settings
-            body = await read_body(request, settings.max_body_bytes)
-            return _same(await _vllm(request).relay.everywhere(path, body or None), answer)
+    async def shut_down(request: Request) -> Response:
+        """Lets every backend leave the trainer's weight update group."""
+        return broadcast_answer("shutdown_weight_transfer_engine", await _vllm(request).relay.shut_down())
 
-        return send
+    async def rename(request: Request) -> Response:
+        """Gives the weights another version, without changing them."""
+        body, fields = await _object(request)
+        version = fields.get("new_version")
+        if not isinstance(version, str):
+            raise InvalidRequestError("new_version must be a string")
+        return _same(await _vllm(request).relay.rename(body, version), {"success": True, "new_version": version})
+
+    async def abort(request: Request) -> Response:
+        """Aborts requests on every backend: those of the body's `request_ids`, or all."""
+        body, _ = await _object(request)
+        return _same(await _vllm(request).relay.everywhere("/abort_requests", body or b"{}"), {"status": "aborted"})
 
     add(app, "POST", "/init_weight_transfer_engine", init)
     add(app, "POST", "/start_weight_update", start)
@@ -275,12 +292,9 @@ def add_development_routes(app: FastAPI) -> None:
     add(app, "GET", "/weight_info", weight_info)
     add(app, "POST", "/v1/load_lora_adapter", adapters(True))
     add(app, "POST", "/v1/unload_lora_adapter", adapters(False))
-    for path, answer in (
-        ("/shutdown_weight_transfer_engine", {"message": "Weight transfer engine shut down"}),
-        ("/update_weight_version", {"success": True}),
-        ("/abort_requests", {"status": "aborted"}),
-    ):
-        add(app, "POST", path, broadcast(path, answer))
+    add(app, "POST", "/shutdown_weight_transfer_engine", shut_down)
+    add(app, "POST", "/update_weight_version", rename)
+    add(app, "POST", "/abort_requests", abort)
 
 
 def _same(results: dict[str, Any], answer: dict[str, Any]) -> Response:

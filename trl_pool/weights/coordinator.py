@@ -84,6 +84,10 @@ class WeightCoordinator:
         """`<run id>:<n>`: no other run's versions read the same. The present one may have a name of its sender's."""
         return self._names.get(number) or f"{self.run_id}:{number}"
 
+    def rename(self, name: str) -> None:
+        """The version that is out now gets a name of its sender's."""
+        self._names = {self.number: name}
+
     @property
     def version(self) -> str:
         """The version that is out now."""
@@ -358,7 +362,7 @@ class WeightCoordinator:
         self._update = None
         self.number += 1
         if name is not None:
-            self._names = {self.number: name}
+            self.rename(name)
         whole = update.names >= self._ever_sent
         reached = [b for b in update.members.values() if whole or b.name in update.complete]
         for backend in update.members.values():

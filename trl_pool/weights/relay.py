@@ -16,7 +16,7 @@ from ..backend import Backend
 from ..config import PoolConfig
 from ..errors import AttemptError, ControlError, ControlResult, NoBackendAvailableError, WeightSyncError
 from ..identity import weight_version
-from .coordinator import Update, WeightCoordinator
+from .coordinator import Update, WeightCoordinator, require_all
 
 logger = logging.getLogger(__name__)
 
@@ -188,12 +188,40 @@ class RelayedUpdates:
         """Resets prefix caches. In mid-update they are reset at its end anyway."""
         return await self.everywhere(f"/reset_prefix_cache?{query}" if query else "/reset_prefix_cache", None)
 
+    async def shut_down(self) -> Results:
+        """Lets every backend leave the group; until it is made anew there are no updates."""
+        self._books.abandon("its update group was shut down")
+        results = await self.everywhere("/shutdown_weight_transfer_engine", None)
+        if any(result.ok for result in results.values()):
+            self._books.regroup(())
+        return results
+
+    async def rename(self, body: bytes, version: str) -> Results:
+        """Gives the weights that are out another version, on every backend and in the books."""
+        results = await self.everywhere("/update_weight_version", body)
+        if all(result.ok for result in results.values()):
+            self._books.rename(version)
+            for backend in self._books.everybody():
+                backend.health.model_version = version
+        return results
+
     async def versions(self) -> dict[str, str | None]:
-        """What every backend that is up says of its weights, per URL."""
+        """What every backend that is up says of its weights, per URL.
+
+        Raises:
+            [`ControlError`]: when one does not say.
+        """
+        results: dict[str, ControlResult] = {}
         found: dict[str, str | None] = {}
         for backend in self._books.reachable():
             try:
-                found[backend.url] = await weight_version(backend.exchange, timeout=self._config.health_timeout)
+                version = await weight_version(backend.exchange, timeout=self._config.health_timeout)
             except AttemptError as error:
-                found[backend.url] = f"({error.detail})"
+                results[backend.url] = ControlResult(backend.url, False, str(error), error.status)
+            else:
+                found[backend.url] = version
+                results[backend.url] = ControlResult(backend.url, True, f"has {version!r}", 200)
+        require_all("GET /weight_info", results)
+        if not found:
+            raise NoBackendAvailableError(self._books.everybody_says())
         return found
