@@ -133,14 +133,13 @@ def test_a_connection_that_breaks_during_a_probe_does_not_change_who_the_server_
     """Whoever answers afterwards may be a new process and is asked; the answer to the old question says nothing."""
 
     class Vllm(httpx.AsyncBaseTransport):
-        told = {
-            "/v1/models": {"data": [{"id": "m", "max_model_len": 99}]},
-            "/version": {"version": "0.31.0"},
-            "/server_info": {"vllm_config": {}},
-            "/weight_info": {"weight_version": "default"},
-        }
-
         def __init__(self) -> None:
+            self.told: dict[str, Any] = {
+                "/v1/models": {"data": [{"id": "m", "max_model_len": 99}]},
+                "/version": {"version": "0.31.0"},
+                "/server_info": {"vllm_config": {}},
+                "/weight_info": {"weight_version": "default"},
+            }
             self.asked: asyncio.Event | None = None
             self.goes_on, self.says_who_it_is = asyncio.Event(), asyncio.Event()
 

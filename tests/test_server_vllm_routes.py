@@ -50,14 +50,15 @@ CHANGING: dict[str, Any] = {
 }
 ASKED = ("/v1/models", "/server_info", "/version", "/is_paused", "/weight_info", "/get_world_size", "/health")
 ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_SCORES = ("logprobs", "logprob_token_ids")
 HIDDEN = ("/metrics", "/load", "/ping", "/tokenize", "/sleep", "/collective_rpc", "/server/metrics", "/v1/metrics")
 
 
 class Recording(httpx.AsyncHTTPTransport):
-    """Sockets, and what was sent over them."""
+    """Sockets, and what was sent over them. No connection is kept: whoever is given a transport leaves it open."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(limits=httpx.Limits(max_keepalive_connections=0))
         self.sent: list[httpx.Request] = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -91,7 +92,9 @@ def adapter(tmp_path: Path) -> str:
 
 def received(sims: list[SimProcess], *endpoints: str) -> list[int]:
     """Requests that each server has had at these endpoints, or at all that change something or work."""
-    asked = endpoints or tuple({*VLLM.endpoints} - {"health", "version", "models", "server_info", "weight_info", "other"})
+    asked = endpoints or tuple(
+        {*VLLM.endpoints} - {"health", "version", "models", "server_info", "weight_info", "other"}
+    )
     return [sum(sim.state()["endpoints"][name]["received"] for name in asked) for sim in sims]
 
 
@@ -302,11 +305,14 @@ def test_a_session_stays_with_one_backend(sims: list[SimProcess], gateway: Start
     client = gateway(sims).client
     for session in ("1", "2", "3"):
         calls = [(COMPLETIONS, {"prompt": PROMPTS}), *ANSWERED.items(), (CHAT, {**ANSWERED[CHAT], "stream": True})]
-        homes = {client.post(p, json=body, headers={"x-session-id": session}).headers["x-backend"] for p, body in calls}
+        homes = {
+            client.post(p, json=body, headers={"x-session-id": session}).headers["x-backend"] for p, body in calls
+        }
         assert len(homes) == 1
         assert ", " not in homes.pop()
     served = {
-        client.post(CHAT, json=ANSWERED[CHAT], headers={"x-session-id": str(i)}).headers["x-backend"] for i in range(16)
+        client.post(CHAT, json=ANSWERED[CHAT], headers={"x-session-id": str(i)}).headers["x-backend"]
+        for i in range(16)
     }
     assert len(served) == 2
 
@@ -373,17 +379,15 @@ def test_a_body_that_makes_no_sense_gets_the_servers_own_answer(
 
 
 def test_what_is_no_json_object_or_too_large_reaches_no_backend(sims: list[SimProcess], gateway: Start) -> None:
-    """400, 422 and 413, with the reason. What servers take as it is has only a limit."""
+    """400, 422 and 413, with the reason."""
     started = gateway(sims, max_body_mb=0.001)
-    as_it_is = ("/update_weight_version", "/abort_requests", "/shutdown_weight_transfer_engine")
-    for path in (*ANSWERED, *CHANGING, *ADAPTERS, as_it_is[-1]):
+    for path in (*ANSWERED, *CHANGING, *ADAPTERS):
         if path in ("/pause", "/resume", "/reset_prefix_cache"):  # their body is of no interest
             continue
         for content, status in ((b"x" * 2000, 413), (b"{", 400), (b"\xff", 400), (b"[]", 422), (b'"x"', 422)):
-            if path not in as_it_is or status == 413:
-                answer = started.client.post(path, content=content, headers=JSON)
-                assert (path, content[:9], answer.status_code) == (path, content[:9], status)
-                assert answer.json()["detail"]
+            answer = started.client.post(path, content=content, headers=JSON)
+            assert (path, content[:9], answer.status_code) == (path, content[:9], status)
+            assert answer.json()["detail"]
     assert received(sims) == [0, 0]
 
 
@@ -395,6 +399,7 @@ SENSELESS: list[tuple[str, dict[str, Any]]] = [
     *(("/update_weights", {"update_info": {**INFO, "names": x}}) for x in (5, None, "a", {"a": 1}, [1])),
     *(("/v1/load_lora_adapter", body) for body in ({}, {"lora_name": ""}, {"lora_name": 5})),
     ("/v1/unload_lora_adapter", {"lora_name": None}),
+    *(("/update_weight_version", body) for body in ({}, {"new_version": 5})),
 ]
 
 
@@ -537,8 +542,10 @@ def test_the_endpoints_of_trl_servers_are_translated(sims: list[SimProcess], gat
         with http(trl.url) as direct:
             theirs = direct.post(f"/{endpoint}/", json=body).json()
         ours = answer.json()
-        told = {name: value for name, value in theirs.items() if value is not None}
-        assert {name: ours[name] for name in told} == told
+        if endpoint == "get_sequence_logprobs":
+            # A `trl` server adds the actual token to the most probable ones where it is none of them.
+            theirs = {name: [[top[:3] for top in rows] for rows in theirs[name]] for name in _SCORES}
+        assert {name: ours[name] for name in theirs} == theirs
 
 
 def test_binary_scores_are_refused_by_name(sims: list[SimProcess], gateway: Start) -> None:
