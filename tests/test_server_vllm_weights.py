@@ -246,6 +246,7 @@ def test_the_trainers_own_version_is_kept(sims: list[SimProcess], gateway: Start
     assert call(started, COMPLETIONS, SHORT).status_code == 502
     eventually(lambda: not reasons(started))
     assert through(started) == own(sims[0])
+    whole(started)  # it has its communicator, too: the trainer need not make the group anew
 
 
 def test_servers_that_keep_no_version_are_told_none(gateway: Start) -> None:

@@ -136,6 +136,7 @@ class Backend:
         self.draining = False
         self.simulated = False
         self.incarnation = 0
+        self.certain = 0  # the incarnation before its process was doubted
         self.identity: Identity | None = None
         self.refusal: str | None = None  # why it cannot share work with the others
         self._identified = -1  # the incarnation that said who it is
@@ -353,6 +354,7 @@ class Backend:
         self.doubt = None
         if self._required_weights() > 0 and self.sync.held is not None:
             if self.identity is not None and self.identity.keeps_version:
+                self.certain = self.incarnation - 1
                 self.sync.doubted(reason)
             else:
                 self.sync.lost(reason)

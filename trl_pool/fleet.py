@@ -125,6 +125,7 @@ class Fleet:
             changed=self._probed,
             recognised=self._recognised,
             version_of=self._weights.version_of,
+            proved=self._weights.same_process,
         )
         for address in addresses:
             self._dispatcher.add(self._backend(address))

@@ -74,6 +74,8 @@ class HealthMonitor:
         changed (`Callable[[], None]`): Called after every round.
         recognised (`Callable[[Backend, Identity], Awaitable[None]]`): Called when a server has said who it is.
         version_of (`Callable[[int], str]`): How a weight version reads that the pool has given out.
+        proved (`Callable[[Backend], None]`): Called when a backend whose process was doubted has shown that it is the
+            same still.
     """
 
     def __init__(
@@ -85,9 +87,10 @@ class HealthMonitor:
         changed: Callable[[], None],
         recognised: Callable[[Backend, Identity], Awaitable[None]],
         version_of: Callable[[int], str],
+        proved: Callable[[Backend], None],
     ) -> None:
         self._backends, self._config, self._rng, self._changed = backends, config, rng, changed
-        self._recognised, self._version_of = recognised, version_of
+        self._recognised, self._version_of, self._proved = recognised, version_of, proved
         self._loop_task: asyncio.Task[None] | None = None
         self._urgent: dict[str, asyncio.Task[None]] = {}
         self._sentinels: dict[str, asyncio.Task[None]] = {}
@@ -235,6 +238,7 @@ class HealthMonitor:
             return
         if told == self._version_of(believed):
             backend.sync.reached(believed)  # no new process says that
+            self._proved(backend)
         else:
             backend.sync.lost(f"{backend.sync.reason}, and it reports weights {told!r}")
 

@@ -140,6 +140,11 @@ class WeightCoordinator:
         """This one has no communicator any more."""
         self._group.pop(name, None)
 
+    def same_process(self, backend: Backend) -> None:
+        """It was only its connection that broke: it has its communicator still."""
+        if self._group.get(backend.name) == backend.certain:
+            self._group[backend.name] = backend.incarnation
+
     def sent(self, name: str) -> None:
         """A parameter of that name belongs to a whole update."""
         self._ever_sent.add(name)
