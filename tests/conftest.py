@@ -166,11 +166,7 @@ def make_pool() -> Iterator[Callable[..., VLLMClientPool]]:
     pools = []
 
     def make(sims: Sequence[SimProcess | str], **settings: Any) -> VLLMClientPool:
-        arguments = {
-            name: settings.pop(name)
-            for name in _NO_SETTINGS
-            if name in settings
-        }
+        arguments = {name: settings.pop(name) for name in _NO_SETTINGS if name in settings}
         urls = [sim if isinstance(sim, str) else sim.url for sim in sims]
         pool = VLLMClientPool(urls, config=quick(**settings), **{"connection_timeout": 10, **arguments})
         pools.append(pool)

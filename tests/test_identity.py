@@ -139,9 +139,7 @@ def test_a_server_that_differs_is_not_added(pool_of: PoolOf, traits: dict[str, A
 
 
 @pytest.mark.parametrize(("traits", "said"), DIFFERENCES, ids=WHICH)
-def test_a_server_that_comes_back_as_another_takes_no_work(
-    pool_of: PoolOf, traits: dict[str, Any], said: str
-) -> None:
+def test_a_server_that_comes_back_as_another_takes_no_work(pool_of: PoolOf, traits: dict[str, Any], said: str) -> None:
     apps = Apps(a={}, b={})
     pool = pool_of(apps)
 
@@ -189,9 +187,7 @@ def test_a_call_that_only_refused_servers_could_take_is_told_at_once(pool_of: Po
 # API keys
 
 
-def test_the_api_key_goes_along_as_bearer_and_shows_nowhere(
-    pool_of: PoolOf, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_api_key_goes_along_as_bearer_and_shows_nowhere(pool_of: PoolOf, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "trl_pool")
     apps = Apps(a={"api_key": KEY}, b={"api_key": KEY})
     pool = pool_of(apps, api_key=KEY, backend_wait_seconds=0)
@@ -245,7 +241,10 @@ def test_a_gateway_and_one_of_its_backends_are_that_backend_once(fleet: Fleet, m
 def test_a_gateway_is_no_backend_that_can_be_added(vllm_fleet: Fleet, make_pool: MakePool) -> None:
     sims = vllm_fleet(2)
     pool = make_pool(sims[:1])
-    with closing(Gateway(sims[1:])) as gateway, pytest.raises(BackendMismatchError, match="is a gateway, not a server"):
+    with (
+        closing(Gateway(sims[1:])) as gateway,
+        pytest.raises(BackendMismatchError, match="is a gateway, not a server"),
+    ):
         pool.add_backend(gateway.url)
 
 

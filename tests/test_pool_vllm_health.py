@@ -53,9 +53,7 @@ def test_a_busy_server_answers_probes_and_stays_up(
     assert len(call.result()["prompt_ids"]) == 8
 
 
-def test_one_silent_probe_makes_a_server_suspect_and_a_second_one_down(
-    vllm_fleet: Fleet, make_pool: MakePool
-) -> None:
+def test_one_silent_probe_makes_a_server_suspect_and_a_second_one_down(vllm_fleet: Fleet, make_pool: MakePool) -> None:
     sims = vllm_fleet(2)
     pool = make_pool(sims, health_interval=60, health_timeout=0.4)
     sims[1].faults("hang", endpoints=["health"])
@@ -154,7 +152,7 @@ def test_servers_that_report_different_weights_at_the_start_do_not_serve_before_
         pool.generate(PROMPTS)
     assert [b.reason.partition(",")[0] for b in pool.statistics().backends] == [
         "reports weights 'default'",
-        "reports weights \"somebody's:7\"",
+        'reports weights "somebody\'s:7"',
     ]
     updated(pool)
     assert len(pool.generate(PROMPTS)["prompt_ids"]) == 8
@@ -174,7 +172,10 @@ def test_only_servers_whose_weight_info_says_the_required_version_serve_until_th
     sims = vllm_fleet(2)
     post(sims[1], "/update_weight_version", {"new_version": "step-7"})
     pool = make_pool(sims, required_model_version="step-7")
-    assert [b.reason for b in pool.statistics().backends] == ["reports model version 'default', required is 'step-7'", ""]
+    assert [b.reason for b in pool.statistics().backends] == [
+        "reports model version 'default', required is 'step-7'",
+        "",
+    ]
     pool.generate(PROMPTS)
     assert received(sims, "completions") == [0, 1]
     post(sims[0], "/update_weight_version", {"new_version": "step-7"})

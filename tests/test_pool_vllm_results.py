@@ -162,9 +162,7 @@ LENGTHS = [i % 3 for i in range(12)] + [len(SEQUENCES[12])]  # the last has no c
 
 @pytest.mark.parametrize("chunk_size", [0, 1, 4])
 @pytest.mark.parametrize("top", [0, 4])
-def test_scores_are_those_of_one_server(
-    vllm_fleet: Fleet, make_pool: MakePool, chunk_size: int, top: int
-) -> None:
+def test_scores_are_those_of_one_server(vllm_fleet: Fleet, make_pool: MakePool, chunk_size: int, top: int) -> None:
     pool = make_pool(vllm_fleet(3))
     found = pool.get_sequence_logprobs(SEQUENCES, LENGTHS, top_logprobs=top, chunk_size=chunk_size)
     assert found == one_score(SEQUENCES, LENGTHS, top)
@@ -224,9 +222,7 @@ def test_what_servers_tell_of_themselves_is_passed_on(vllm_fleet: Fleet, make_po
     assert pool.get_world_size() == 2
 
 
-def test_server_info_is_asked_of_the_next_one_when_one_does_not_answer(
-    vllm_fleet: Fleet, make_pool: MakePool
-) -> None:
+def test_server_info_is_asked_of_the_next_one_when_one_does_not_answer(vllm_fleet: Fleet, make_pool: MakePool) -> None:
     sims = vllm_fleet(2)
     pool = make_pool(sims)
     sims[0].faults("status", status=500, endpoints=["server_info"], times=1)
@@ -352,9 +348,7 @@ def test_a_fault_of_one_server_changes_nothing_in_the_answer(
     assert [b.ejections for b in pool.statistics().backends] == [0, 0, 0]
 
 
-def test_a_4xx_of_one_conversation_goes_nowhere_else_and_ends_the_call(
-    vllm_fleet: Fleet, make_pool: MakePool
-) -> None:
+def test_a_4xx_of_one_conversation_goes_nowhere_else_and_ends_the_call(vllm_fleet: Fleet, make_pool: MakePool) -> None:
     sims = vllm_fleet(2)
     pool = make_pool(sims, fail_eject_threshold=1)
     for sim in sims:

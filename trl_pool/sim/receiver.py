@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 _RENDEZVOUS = ("master_address", "master_port", "rank_offset", "world_size")
 _PACKING = ("packed", "packed_buffer_size_bytes", "packed_num_buffers")
-_GLOO = ("packed_buffer_size_bytes", "timeout_seconds")
+_GLOO = ("packed_buffer_size_bytes", "timeout_seconds", "join_timeout_seconds")
 _NOT_INITIALIZED = "weight transfer is not initialized: init_weight_transfer_engine must come first"
 _PACKED_IN_INIT = (0, 28)
 """From this vLLM on, packing is agreed on when the group is made; before, with each update."""
@@ -100,7 +100,7 @@ class GlooReceiver:
                 info["rank_offset"] + rank,
                 info["world_size"],
                 master=False,
-                timeout=info.get("timeout_seconds", 300.0),
+                timeout=info.get("join_timeout_seconds") or info.get("timeout_seconds", 300.0),
             )
 
         opening = [_on_a_daemon_thread(partial(open_rank, rank)) for rank in range(self._ranks)]
@@ -110,6 +110,8 @@ class GlooReceiver:
             for one in opening:
                 one.add_done_callback(_close_late)
             raise
+        for group in self._groups:
+            group.timeout = info.get("timeout_seconds", 300.0)
 
     async def receive(self, info: Mapping[str, Any], take: Callable[[Announced, str | None], None]) -> None:
         tensors = announced(info, ())

@@ -36,7 +36,8 @@ class GlooInitInfo(WeightTransferInitInfo):  # type: ignore[misc,unused-ignore]
         rank_offset (`int`): Rank of this server's first worker.
         world_size (`int`): Of the whole group.
         packed_buffer_size_bytes (`int`, *optional*, defaults to 256 MiB): Size at which the trainer cuts buffers.
-        timeout_seconds (`float`, *optional*, defaults to 300): To join the group, and for each broadcast.
+        timeout_seconds (`float`, *optional*, defaults to 300): For each broadcast, the wait for it included.
+        join_timeout_seconds (`float`, *optional*): To join the group; `timeout_seconds` without it.
     """
 
     master_address: str
@@ -45,6 +46,7 @@ class GlooInitInfo(WeightTransferInitInfo):  # type: ignore[misc,unused-ignore]
     world_size: int
     packed_buffer_size_bytes: int = DEFAULT_BUFFER_SIZE_BYTES
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    join_timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.rank_offset < self.world_size:
@@ -96,8 +98,9 @@ class GlooWeightTransferEngine(WeightTransferEngine):  # type: ignore[misc,unuse
             rank,
             init_info.world_size,
             master=False,
-            timeout=init_info.timeout_seconds,
+            timeout=init_info.join_timeout_seconds or init_info.timeout_seconds,
         )
+        self._group.timeout = init_info.timeout_seconds
 
     def start_weight_update(self) -> None:
         """Takes the layers apart, to be loaded anew. Until `finish_weight_update` a request would find no data."""

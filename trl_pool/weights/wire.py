@@ -24,6 +24,7 @@ def init_info(
     vllm_version: str | None,
     buffer_size_bytes: int,
     timeout_seconds: float | None = None,
+    join_timeout_seconds: float | None = None,
 ) -> dict[str, Any]:
     """The `init_info` for one server.
 
@@ -35,7 +36,8 @@ def init_info(
         world_size (`int`): Of the whole group: the trainer, and all workers of all servers.
         vllm_version (`str` or `None`): The server's, as `/version` tells it; `None` is taken for the newest.
         buffer_size_bytes (`int`): Size at which buffers are cut.
-        timeout_seconds (`float`, *optional*): For gloo: how long a worker waits for the group, and in each broadcast.
+        timeout_seconds (`float`, *optional*): For gloo: how long a worker waits in each broadcast.
+        join_timeout_seconds (`float`, *optional*): For gloo: how long it waits for the group to come together.
 
     Raises:
         `ValueError`: for another backend.
@@ -50,6 +52,8 @@ def init_info(
         info["packed_buffer_size_bytes"] = buffer_size_bytes
         if timeout_seconds is not None:
             info["timeout_seconds"] = timeout_seconds
+        if join_timeout_seconds is not None:
+            info["join_timeout_seconds"] = join_timeout_seconds
     elif _packed_in_init(vllm_version):
         info |= {"packed": True, "packed_buffer_size_bytes": buffer_size_bytes}
     return info
