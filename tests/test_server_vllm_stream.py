@@ -364,7 +364,8 @@ def test_a_client_that_leaves_frees_the_slot(sims: list[SimProcess], gateway: St
     started = gateway(sims, fail_eject_threshold=1)
     for _ in range(2):
         with streamed(started.url, COMPLETIONS, LONG[COMPLETIONS]) as answer:
-            next(pieces(answer))
+            coming = pieces(answer)  # kept: when it is dropped, the connection is
+            next(coming)
             assert started.inflight() == 1
         eventually(lambda: started.inflight() == 0)
         eventually(lambda: sum(sim.state()["in_flight"] for sim in sims) == 0)

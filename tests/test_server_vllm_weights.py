@@ -297,6 +297,20 @@ def test_frozen_requests_are_not_waited_for_and_go_on_afterwards(
     assert transport.to("/reset_prefix_cache")[-1].url.query == b""
 
 
+@pytest.mark.xfail(
+    reason="the clock of request_timeout goes on while a request is frozen, and its backends are charged"
+)
+def test_a_frozen_request_does_not_time_out(sims: list[SimProcess], gateway: Start, background: Background) -> None:
+    """However long the trainer takes: no server is at fault."""
+    started = gateway(sims, request_timeout=0.4)
+    frozen = frozen_request(started, background, sims)
+    with pytest.raises(TimeoutError):
+        frozen.result(timeout=1.5)
+    assert [backend["failures"] for backend in started.backends()] == [0, 0]
+    calls(started, "/resume")
+    assert frozen.result().status_code == 200
+
+
 def test_a_request_that_is_not_frozen_is_waited_for(
     sims: list[SimProcess], gateway: Start, background: Background
 ) -> None:
