@@ -282,7 +282,7 @@ def test_frozen_requests_are_not_waited_for_and_go_on_afterwards(
     calls(started, SEND)
     answer = started.client.post(FINISH)
     assert answer.status_code == 200
-    # The frozen ones hold what they computed with the old weights.
+    # Frozen ones hold what they computed with the old weights, and nobody else's may make the reset fail.
     assert {request.url.query for request in transport.to("/reset_prefix_cache")} == {b"reset_running_requests=true"}
     assert not frozen.done()
     assert not late.done()
@@ -293,8 +293,6 @@ def test_frozen_requests_are_not_waited_for_and_go_on_afterwards(
     assert sampled(late.result()) == own(sims[1]) != old
     assert len(set(versions(sims))) == 1
     assert reasons(started) == {}
-    calls(started, BEGIN, SEND, FINISH)  # the next one is an ordinary one: nothing is frozen
-    assert transport.to("/reset_prefix_cache")[-1].url.query == b""
 
 
 @pytest.mark.xfail(
