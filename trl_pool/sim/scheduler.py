@@ -249,11 +249,13 @@ class Scheduler:
     async def _pass(self, job: Job, seconds: float) -> bool:
         """Let time pass until the job has run this long; `False` if it was aborted or its weights changed before."""
         while job.seconds < seconds:
-            if job.aborted or job.weights() != job.schedule[-1][1]:
+            if job.aborted:
                 return False
-            if self._stalled or not job.running:
+            if self._stalled or not job.running:  # frozen, it does not touch its weights
                 await self._changed.wait()
                 continue
+            if job.weights() != job.schedule[-1][1]:
+                return False
             started = self._clock()
             if await self._slept(seconds - job.seconds):
                 job.seconds = seconds
