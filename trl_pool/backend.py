@@ -455,8 +455,13 @@ class Backend:
             task.cancel()
 
     def break_off(self, outcome: Outcome, reason: str) -> None:
-        """Ends every request that is out, as failed with that outcome, so that it is served elsewhere."""
+        """Ends every request that is out, as failed with that outcome, so that it is served elsewhere, and waits for
+        nothing any more."""
         self._bury_orphans()
+        self.break_off_requests(outcome, reason)
+
+    def break_off_requests(self, outcome: Outcome, reason: str) -> None:
+        """The same, except for control calls that have not returned."""
         for lease in self._leases:
             if lease.scope is not None:
                 lease.broken_off = AttemptError(self.url, outcome, f"broken off: {reason}")

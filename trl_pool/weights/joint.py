@@ -18,7 +18,7 @@ import msgspec
 
 from ..backend import Backend
 from ..config import PoolConfig
-from ..errors import AttemptError, ControlResult, WeightSyncError
+from ..errors import AttemptError, ControlResult, Outcome, WeightSyncError
 from ..identity import Identity, weight_version
 from . import wire
 from .coordinator import Update, WeightCoordinator
@@ -60,8 +60,10 @@ class JointUpdates:
         self._transport: JointTransport | None = None
         self._device: Any = None
         self._group: JointGroup | None = None
+        self._size = 0  # backends in it
         self._watch: asyncio.Task[dict[str, ControlResult]] | None = None
         self._paused: list[Backend] = []
+        books.on_expiry(self._thaw)
 
     def __repr__(self) -> str:
         return f"<JointUpdates over {self._books.group}, group {self._group!r}>"
@@ -114,16 +116,23 @@ class JointUpdates:
                 "There is no weight update group; call init_communicator first", self._books.everybody_says()
             )
         now = {b.name: b.incarnation for b in self._candidates()}
-        if now != self._books.grouping or (self._group is None and self._transport.needs_group):
+        # The books forget whoever dropped out or was removed; in the group they are until it is made anew.
+        whole = self._size == len(now) and (self._group is not None or not self._transport.needs_group)
+        if now != self._books.grouping or not whole:
             await self._regroup()
 
-    async def _regroup(self) -> None:
-        """Makes a group, without those that fail to join it."""
+    async def _regroup(self, update: Update | None = None) -> None:
+        """Makes a group, without those that fail to join it.
+
+        Args:
+            update ([`Update`], *optional*): Of whose members; of everybody who can be reached without it.
+        """
         assert self._transport is not None
         await self._leave()
         failed: dict[str, ControlResult | str] = {}
         for _ in range(3):
-            members = [b for b in self._candidates() if b.url not in failed]
+            candidates = self._candidates() if update is None else update.members.values()
+            members = [b for b in candidates if b.url not in failed]
             sizes, unknown = await self._world_sizes(members)
             failed.update(unknown)
             members = [b for b in members if b.name in sizes]
@@ -133,8 +142,12 @@ class JointUpdates:
             failed.update({result.url: result for result in results.values() if not result.ok})
             if all(result.ok for result in results.values()):
                 self._books.regroup(members)
+                self._size = len(members)
                 for url, reason in failed.items():
                     logger.warning("%s is not in the weight update group: %s", url, reason)
+                if update is not None:
+                    out = [b for b in update.members.values() if b.url in failed]
+                    self._books.drop(update, {b.name: ControlResult(b.url, False, str(failed[b.url])) for b in out})
                 return
             await self._leave()
         raise WeightSyncError(
@@ -185,14 +198,15 @@ class JointUpdates:
             error = TimeoutError(f"the group did not come together within {self._join_seconds:g} s")
         if error is not None:
             reason = f"the trainer could not join the group at port {port}: {error}"
+            if all(result.ok for result in results.values()):  # nobody else's fault
+                raise WeightSyncError(
+                    "The weight update group did not come together", {r.url: reason for r in results.values()}
+                )
+            # Those that were ready are asked again, without the others.
             results = {
-                name: ControlResult(r.url, False, f"{r.message}; {reason}" if not r.ok else reason)
+                name: r if r.ok else ControlResult(r.url, False, f"{r.message}; {reason}", r.status)
                 for name, r in results.items()
             }
-            if all(r.message == reason for r in results.values()):  # nobody else's fault
-                raise WeightSyncError(
-                    "The weight update group did not come together", {r.url: r for r in results.values()}
-                )
         return results
 
     @property
@@ -226,14 +240,15 @@ class JointUpdates:
         async with books.alone("a weight update waits for requests that are out", undrained=self._pause):
             if books.update is not None:
                 raise WeightSyncError("A weight update is under way already; end it first", books.everybody_says())
-            await self._reconcile()
-            update = books.begin(owner)
-            books.extend()
             try:
+                await self._reconcile()
+                update = books.begin(owner)
+                books.extend()
                 await self._heal(update)
                 for backend in update.members.values():
                     backend.sync.half = True
                 books.drop(update, await books.broadcast(_START, _empty(update), update.members.values()))
+                await self._close_ranks(update)
             except BaseException as error:
                 await self.abort(f"{type(error).__name__} at its start")
                 raise
@@ -246,13 +261,24 @@ class JointUpdates:
         self._paused = [b for b in working if results[b.name].ok]
         if len(self._paused) < len(working):
             failed = {r.url: r for r in results.values() if not r.ok}
-            await self._resume()
+            await self._thaw()
             raise WeightSyncError("Requests did not end within drain_timeout, and could not be paused", failed)
 
-    async def _resume(self) -> None:
-        paused, self._paused = self._paused, []
-        if paused:
-            await self._books.broadcast("/resume", {}, paused)
+    async def _thaw(self) -> None:
+        """Lets frozen requests go on where the weights are whole. Where they are not, the requests are given up, and
+        served anew by whoever may: going on they would mix weights, or end a server whose layers are still apart."""
+        frozen, self._paused = self._paused, []
+        mixed = [b for b in frozen if b.sync.held is None]
+        for backend in mixed:
+            backend.break_off_requests(Outcome.BUSY, "a weight update failed on it")
+        await self._books.broadcast("/pause?mode=abort", {}, mixed)
+        await self._books.broadcast("/resume", {}, frozen)
+
+    async def _close_ranks(self, update: Update) -> None:
+        """Makes the group anew if somebody who is in it has dropped out of the update: a broadcast would wait for
+        them."""
+        if self._group is not None and self._size > len(update.members):
+            await self._regroup(update)
 
     async def _heal(self, update: Update) -> None:
         """A server whose last update did not reach its end has a layerwise reload half done: it is brought to its
@@ -281,6 +307,7 @@ class JointUpdates:
         update = self._under_way()
         books.extend()
         books.drop_restarted(update)
+        await self._close_ranks(update)
         announced = [(name, dtype, list(shape)) for name, dtype, shape in metadata]
         assert self._transport is not None
         stream = TensorStream(self._transport.packer(announced, self._buffer_bytes, self._device))
@@ -304,7 +331,8 @@ class JointUpdates:
             [`WeightSyncError`]: naming each backend's outcome; those that took part are out of sync.
         """
         watch, self._watch = self._watch, None
-        assert watch is not None
+        if watch is None:  # it was closed before
+            return
         try:
             results = await watch
         except BaseException:
@@ -440,11 +468,13 @@ class JointUpdates:
             except BaseException as error:
                 await self.abort(f"{type(error).__name__} at its end")
                 raise
-            await self._resume()
             for backend in update.members.values():
                 if backend.name in keepers:
                     backend.health.model_version = version
-            books.publish(update)
+            try:
+                books.publish(update)
+            finally:
+                await self._thaw()
 
     async def _unconfirmed(self, update: Update, keepers: set[str], version: str) -> dict[str, ControlResult]:
         """Servers that report another version than the one they were just given."""
@@ -465,7 +495,7 @@ class JointUpdates:
         """Ends the update without publishing it; whoever took part is out of sync."""
         update, version = self._books.update, self._books.version_of(self._books.number + 1)
         self._books.abandon(why)
-        await self._resume()
+        await self._thaw()
         if update is not None:
             await asyncio.gather(*(self._mark(b, version) for b in update.members.values() if b.sync.half))
 
