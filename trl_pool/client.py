@@ -19,7 +19,7 @@ import requests
 from anyio.from_thread import BlockingPortal
 
 from .config import PoolConfig
-from .errors import PoolError, WeightSyncError
+from .errors import WeightSyncError
 from .fleet import CLOSE_SECONDS, DEFAULT_HOST, DEFAULT_PORT, USER_AGENT, PoolStatistics, describe
 from .lifetime import Lifetime
 from .pool import DEFAULT_GROUP_PORT, AsyncVLLMClientPool
@@ -336,14 +336,14 @@ class VLLMClientPool:
         if failure is None:
             try:
                 feed = self._call(self._pool.open_feed, metadata)
-            except PoolError as error:
+            except Exception as error:
                 failure = error
         try:
             for name, tensor in named_params:
                 if failure is None and feed is not None:
                     try:
                         self._feed(feed, name, tensor)
-                    except (PoolError, ValueError) as error:
+                    except Exception as error:
                         failure = error
         except BaseException as error:
             if feed is not None:

@@ -22,7 +22,6 @@ from .errors import (
     ControlResult,
     NoBackendAvailableError,
     Outcome,
-    PoolError,
     RequestRejectedError,
     WeightSyncError,
 )
@@ -82,10 +81,19 @@ class UpdateFeed:
             await self._fleet.announce(name, tensor)
 
     async def close(self) -> None:
-        """There are no more tensors: waits for all to arrive, and publishes unless a `weight_update` goes on."""
-        if self.stream is not None:
-            await anyio.to_thread.run_sync(self.stream.end)
-        await self._fleet.end_feed(self.stream)
+        """There are no more tensors: waits for all to arrive, and publishes unless a `weight_update` goes on.
+
+        Raises:
+            [`WeightSyncError`]: when too few servers got all of them.
+            `ValueError`: when fewer came than were announced.
+        """
+        try:
+            if self.stream is not None:
+                await anyio.to_thread.run_sync(self.stream.end)
+            await self._fleet.end_feed(self.stream)
+        except BaseException as error:
+            await self.abort(f"{type(error).__name__} at its end")
+            raise
 
     async def abort(self, why: str) -> None:
         """There will be no more tensors, and what was sent counts for nothing."""
@@ -475,24 +483,25 @@ class TrainedFleet(Fleet):
         failure: Exception | None = None
         try:
             feed = await self.open_feed(metadata)
-        except PoolError as error:
+        except Exception as error:
             failure = error
         try:
             for name, tensor in named_params:
                 if feed is not None and failure is None:
                     try:
                         await feed.put(name, tensor)
-                    except (PoolError, ValueError) as error:
+                    except Exception as error:
                         failure = error
-            if feed is not None and failure is None:
-                await feed.close()
         except BaseException as error:
             if feed is not None:
                 await feed.abort(f"{type(error).__name__} in the middle of it")
             raise
+        if feed is not None and failure is None:
+            await feed.close()
+            return
+        if feed is not None:
+            await feed.abort(str(failure))
         if failure is not None:
-            if feed is not None:
-                await feed.abort(str(failure))
             raise failure
 
     async def update_model_params(self, model: Any) -> None:

@@ -55,26 +55,31 @@ class TensorStream:
         """Takes one tensor, which may be freed or changed afterwards; waits while too much is on its way.
 
         Raises:
-            `ValueError`: when it is not the tensor that was announced for this place.
+            `ValueError`: when it is not the tensor that was announced for this place. The stream has failed then.
         """
         if self._failure is not None:
             return
         self.tensors += 1
-        self._hand_over(self._packer.add(name, tensor))
+        self._hand_over(lambda: self._packer.add(name, tensor))
 
     def end(self) -> None:
         """There are no more tensors.
 
         Raises:
-            `ValueError`: when fewer came than were announced.
+            `ValueError`: when fewer came than were announced. The stream has failed then.
         """
         if self._failure is None:
-            self._hand_over(self._packer.flush())
+            self._hand_over(self._packer.flush)
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
-    def _hand_over(self, buffer: Any | None) -> None:
+    def _hand_over(self, pack: Callable[[], Any | None]) -> None:
+        try:
+            buffer = pack()
+        except BaseException as error:
+            self.fail(error)  # at once: servers wait for what will not come
+            raise
         if buffer is None:
             return
         with self._changed:
