@@ -195,7 +195,7 @@ def test_the_api_key_goes_along_as_bearer_and_shows_nowhere(pool_of: PoolOf, cap
     assert {request.headers["authorization"] for request in apps.requests} == {f"Bearer {KEY}"}
     shown = [repr(pool), repr(pool._pool), repr(pool._pool.config), str(pool.statistics())]
     apps.down.update("ab")
-    with pytest.raises(Exception, match="could not be served|No backend") as caught:
+    with pytest.raises(Exception, match=r"could not be served|No backend") as caught:
         pool.generate([[1]])
     shown += [str(caught.value), repr(caught.value), caplog.text]
     assert not any(KEY in text for text in shown)

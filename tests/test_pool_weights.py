@@ -26,6 +26,7 @@ from trl_pool import (
 )
 from trl_pool.sim import SimProcess
 from trl_pool.weights import GroupMember
+from trl_pool.weights.transport import TransportError
 
 Fleet = Callable[[int], list[SimProcess]]
 MakePool = Callable[..., VLLMClientPool]
@@ -369,6 +370,62 @@ def test_a_transport_that_fails_leaves_everybody_out_of_sync(fleet: Fleet, make_
     with pytest.raises(NoBackendAvailableError, match="out of sync"):
         pool.generate(PROMPTS)
     assert received(sims) == [0, 0]
+
+
+class Failing(Recorded):
+    """A transport that cannot reach some backends, when it joins or from the n-th tensor on."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.lost: dict[str, str] = {}
+        self.at = at
+
+    def open(self, members: Sequence[GroupMember], device: Any) -> None:
+        super().open(members, device)
+        self._lose(0, [member.backend for member in members])
+
+    def broadcast(self, tensor: Any, backends: Sequence[str]) -> None:
+        super().broadcast(tensor, backends)
+        self._lose(len(self.sent), backends)
+
+    def _lose(self, count: int, backends: Sequence[str]) -> None:
+        lost = {name: reason for name, reason in self.lost.items() if name in backends}
+        if lost and count >= self.at:
+            raise TransportError(lost)
+
+
+def test_a_server_that_the_transport_cannot_reach_drops_out_and_the_others_go_on(
+    fleet: Fleet, make_pool: MakePool
+) -> None:
+    sims = fleet(3)
+    transport = Failing(at=2)
+    pool = make_pool(sims, weight_transport=transport)
+    pool.init_communicator()
+    transport.lost = {sims[1].name: "connection closed by peer"}
+    update(pool, "a", "b", "c")
+    assert [set(backends) - {sims[1].name} == set(backends) for _, backends in transport.sent] == [False, False, True]
+    assert versions(pool) == [1, None, 1]
+    assert "connection closed by peer" in reasons(pool)[1]
+    assert pool.generate(PROMPTS) == ask(sims[0], "generate", prompts=PROMPTS)
+    assert received(sims)[1] == 0
+    transport.lost = {}
+    update(pool, "a", "b", "c")
+    assert versions(pool) == [2, 2, 2]
+    assert received(sims, "init_communicator") == [1, 2, 1]
+
+
+def test_a_server_whose_group_cannot_be_joined_takes_no_part_and_the_others_do(
+    fleet: Fleet, make_pool: MakePool
+) -> None:
+    sims = fleet(2)
+    transport = Failing(at=0)
+    transport.lost = {sims[1].name: "no rendezvous"}
+    pool = make_pool(sims, weight_transport=transport)
+    pool.init_communicator()
+    assert pool._pool.weights.group == [sims[0].name]
+    update(pool)
+    assert versions(pool)[0] == 1
+    assert received(sims, "update_named_param") == [1, 0]
 
 
 def test_an_update_that_is_broken_off_publishes_nothing(fleet: Fleet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from typing import Any
 
 import httpx
 
+from trl_pool import VLLMClientPool
 from trl_pool.sim import SimProcess
 from trl_pool.sim.app import SimApp, create_app
 from trl_pool.sim.engine import Weights, generate, tokenize
+from trl_pool.sim.faults import Fault
 from trl_pool.sim.sampling import Sampling
 
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/inference/v1/generate"
@@ -42,6 +45,15 @@ class Apps(httpx.AsyncBaseTransport):
     @property
     def urls(self) -> list[str]:
         return [f"http://{host}:8000" for host in self.apps]
+
+    def faults(self, host: str, kind: str, **fields: Any) -> None:
+        """Switch a fault on, as `SimProcess.faults` does."""
+        self.apps[host].faults.add(Fault(kind=kind, **fields))  # type: ignore[arg-type]
+
+    def release(self, host: str, pool: VLLMClientPool) -> None:
+        """No faults any more, and what hung because of one is answered; on the loop of the pool that asked."""
+        self.apps[host].faults.clear()
+        pool._portal.call(self.apps[host].gate.release)
 
     def asked(self, path: str) -> list[httpx.Request]:
         """The requests to a path."""
@@ -141,3 +153,75 @@ def unspoilt(sim: SimProcess) -> SimProcess:
         sim.restart()
     sim.forget()
     return sim
+
+
+class Tensor:
+    """As much of a tensor as goes along with an announcement."""
+
+    def __init__(self, *shape: int, dtype: str = "torch.bfloat16") -> None:
+        self.shape, self.dtype = shape or (2, 3), dtype
+
+
+class Parameter(Tensor):
+    """As much of a parameter as is read."""
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor(*self.shape, dtype=self.dtype)
+
+
+class Model:
+    """A model of some parameters, which counts how often it was walked through."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.walks = names or ("a", "b", "c"), 0
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        self.walks += 1
+        yield from ((name, Parameter(3, 2)) for name in self.names)
+
+
+class Walk:
+    """Parameters to be read once: it knows on which thread that happened, and whether to the end."""
+
+    def __init__(self, *names: str, raises_at: int | None = None, then: Callable[[int], Any] | None = None) -> None:
+        self.names = names or ("a", "b", "c")
+        self.metadata = [(name, "bfloat16", [2, 3]) for name in self.names]
+        self.threads: set[int] = set()
+        self.begun = self.read = 0
+        self.ended = False
+        self._raises_at, self._then = raises_at, then
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.begun += 1
+        for place, name in enumerate(self.names):
+            self.threads.add(threading.get_ident())
+            if place == self._raises_at:
+                raise ZeroDivisionError("a gather failed")
+            if self._then is not None:
+                self._then(place)
+            yield name, Tensor()
+            self.read += 1
+        self.ended = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was read once, on this thread, to its end."""
+        return (self.begun, self.ended, self.threads) == (1, True, {threading.get_ident()})
+
+
+def told(sim: SimProcess) -> str:
+    """The version of the weights that it says it has."""
+    found: str = get(sim, "/weight_info").raise_for_status().json()["weight_version"]
+    return found
+
+
+CONTROL = frozenset(
+    {"init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"}
+    | {"reset_prefix_cache", "pause", "resume"}
+)
+
+
+def control_calls(sim: SimProcess) -> list[str]:
+    """The control calls that a server has had, in order."""
+    return [r["endpoint"] for r in sim.state()["requests"] if r["endpoint"] in CONTROL]
