@@ -459,6 +459,7 @@ class TrainedFleet(Fleet):
     async def announce(self, name: str, weights: Any) -> None:
         """Sends one parameter to every server of a `trl` fleet."""
         if not self._weights.updating and self._weights.group:
+            await self._weights.somebody()
             await self._take_back()
         dtype, shape = str(weights.dtype), [int(size) for size in weights.shape]
         body = msgspec.json.encode({"name": name, "dtype": dtype, "shape": shape})

@@ -263,6 +263,15 @@ class WeightCoordinator:
         """Backends that a control call can reach: up or busy, not stuck in an earlier call, not on their way out."""
         return [b for b in self.everybody() if b.health.state is not Health.DOWN and not b.stuck]
 
+    async def somebody(self) -> None:
+        """Waits, up to `backend_wait_seconds`, until at least `min_backends` can be reached: a fleet that is away for
+        a moment need not end the run."""
+        enough = max(1, self._config.min_backends)
+        with contextlib.suppress(TimeoutError):
+            await self._dispatcher.until(
+                lambda: True if len(self.reachable()) >= enough else None, timeout=self._config.backend_wait_seconds
+            )
+
     def everybody(self) -> list[Backend]:
         """All backends that are not on their way out, or another model's."""
         return [b for b in self._dispatcher.backends.values() if not b.draining and b.refusal is None]
@@ -286,8 +295,11 @@ class WeightCoordinator:
                     dict.fromkeys(lost, "was restarted, cannot be reached, or joined later"),
                 )
         if not members:
+            away = self._group and not self.reachable()
             raise WeightSyncError(
-                "No server takes part in weight updates; call init_communicator first",
+                "No server can be reached for a weight update; start one"
+                if away
+                else "No server takes part in weight updates; call init_communicator first",
                 self._dispatcher.reasons() or dict.fromkeys(self._urls(), "has no communicator"),
             )
         left_out = [b.url for b in self._dispatcher.backends.values() if b.name not in members]

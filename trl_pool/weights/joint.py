@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import anyio.to_thread
 import msgspec
 
 from ..backend import Backend
@@ -37,6 +39,7 @@ _RESET = "/reset_prefix_cache?reset_running_requests=true"
 _SHUTDOWN = "/shutdown_weight_transfer_engine"
 _RENAME = "/update_weight_version"
 _WATCH_SECONDS = 0.5
+_JOIN_SHARE = 0.8  # of the time for a group to come together: what servers get of it
 _PORTS = 1000  # tried for a rendezvous
 
 Sizes = Callable[[Sequence[Backend]], Any]
@@ -161,7 +164,13 @@ class JointUpdates:
         assert transport is not None
         world_size = 1 + sum(sizes[b.name] for b in members)
         host = self._config.update_group_host or _own_address(members)
-        listener = self._listen(host)
+        try:
+            listener = await anyio.to_thread.run_sync(self._listen, host)
+        except OSError as problem:
+            raise WeightSyncError(
+                f"No rendezvous for a weight update group: {problem}; check update_group_host and group_port",
+                {b.url: "was not asked to join" for b in members},
+            ) from problem
         port = int(listener.getsockname()[1])
         bodies: dict[str, bytes] = {}
         offset = 1
@@ -175,7 +184,10 @@ class JointUpdates:
                 world_size,
                 vllm_version=identity.version,
                 buffer_size_bytes=self._buffer_bytes,
-                timeout_seconds=self._config.control_timeout,
+                # The caller may take its time between two tensors; and whoever waits for others in vain has to have
+                # said so before we stop waiting for him.
+                timeout_seconds=self._config.update_idle_timeout,
+                join_timeout_seconds=_JOIN_SHARE * self._join_seconds,
             )
             bodies[backend.name] = msgspec.json.encode({"init_info": info})
             offset += sizes[backend.name]
@@ -224,8 +236,8 @@ class JointUpdates:
             port, self._port = self._port, self._port + 1
             try:
                 return listen(host, port)
-            except OSError:
-                if port >= self._first_port + _PORTS:
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or port >= self._first_port + _PORTS:
                     raise
 
     # An update
@@ -241,6 +253,7 @@ class JointUpdates:
             if books.update is not None:
                 raise WeightSyncError("A weight update is under way already; end it first", books.everybody_says())
             try:
+                await books.somebody()
                 await self._reconcile()
                 update = books.begin(owner)
                 books.extend()
@@ -422,7 +435,9 @@ class JointUpdates:
             telling = asyncio.ensure_future(DaemonWorker("trl-pool-abort").run_last(self._group.abort))
             await asyncio.wait({telling}, timeout=grace)
         await asyncio.wait({sending}, timeout=grace)
-        if not sending.done():
+        if sending.done():
+            sending.exception()  # it has been told in its own words
+        else:
             sending.cancel()
             self._give_up_worker()
             self._group = None

@@ -31,7 +31,10 @@ class GlooJoint:
         from .gloo import open_group
 
         host, port = listener.getsockname()[:2]
-        return _Sender(open_group(host, port, 0, world_size, master=True, timeout=timeout, listener=listener))
+        joining = min(timeout, JOIN_SECONDS)
+        group = open_group(host, port, 0, world_size, master=True, timeout=joining, listener=listener)
+        group.timeout = timeout
+        return _Sender(group)
 
 
 class NcclJoint:
