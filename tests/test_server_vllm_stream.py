@@ -277,7 +277,7 @@ def test_a_backend_that_is_dead_is_failed_over(sims: list[SimProcess], gateway: 
     home.kill()
     answer = started.client.post(CHAT, json=SHORT[CHAT])
     assert (answer.status_code, answer.headers["x-backend"]) == (200, other.name)
-    assert started.backend(home)["reason"] == "is down (connection refused)"
+    eventually(lambda: started.backend(home)["reason"] == "is down (connection refused)")
 
 
 def test_a_backend_that_is_busy_is_waited_for(sims: list[SimProcess], gateway: Start) -> None:

@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,12 +14,12 @@ from typing import Any, Self, TypeVar
 
 import anyio
 import httpx
-import requests
 from anyio.from_thread import BlockingPortal
 
+from .at_exit import post_all
 from .config import PoolConfig
 from .errors import WeightSyncError
-from .fleet import CLOSE_SECONDS, DEFAULT_HOST, DEFAULT_PORT, USER_AGENT, PoolStatistics, describe
+from .fleet import CLOSE_SECONDS, DEFAULT_HOST, DEFAULT_PORT, PoolStatistics, describe
 from .lifetime import Lifetime
 from .pool import DEFAULT_GROUP_PORT, AsyncVLLMClientPool
 from .rollout import RolloutReport
@@ -474,37 +473,6 @@ async def _close_from_within(pool: AsyncVLLMClientPool | None, portal: BlockingP
     if pool is not None:
         await pool.aclose()
     await portal.stop(True)
-
-
-def post_all(urls: Sequence[str], *, seconds: float) -> None:
-    """Posts to every URL at once with `requests` and returns after `seconds` at the latest, whatever they answer.
-
-    Args:
-        urls (`Sequence[str]`): Where to.
-        seconds (`float`): Longest time for all together.
-    """
-    deadline = time.monotonic() + seconds
-
-    def post(url: str) -> None:
-        try:
-            with requests.Session() as session:
-                session.trust_env = False
-                left = max(0.1, deadline - time.monotonic())
-                session.post(url, timeout=left, headers={"user-agent": USER_AGENT})
-        except requests.RequestException as error:
-            logger.debug("At exit: %s: %s", url, error)
-
-    threads = []
-    for url in urls:
-        thread = threading.Thread(target=post, args=(url,), daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # newer Pythons start no thread this late
-            post(url)
-        else:
-            threads.append(thread)
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 _at_exit: weakref.WeakSet[VLLMClientPool] = weakref.WeakSet()

@@ -112,23 +112,26 @@ class Sentinel:
                 self._proof.set_result(False)
             self._writer.close()
 
-    async def prove(self, path: str, *, timeout: float) -> bool:
-        """Whether the process still lives that accepted this connection. Its idle time begins to count with that, so
-        the server will close it soon.
+    async def prove(self, path: str, *, timeout: float) -> bool | None:
+        """Whether the process still lives that accepted this connection; `None` when that has not shown in the time,
+        and may when it is asked again. It serves once: the server would close it soon after, as an idle one.
 
         Args:
             path (`str`): Of a GET that it answers with anything at all.
             timeout (`float`): Seconds that it has for the answer.
         """
-        if self._secure or self._proof is not None or self._writer.is_closing():
+        if self._secure or self._writer.is_closing() or (self._proof is not None and self._proof.done()):
             return False
-        self._proof = asyncio.get_running_loop().create_future()
-        self._writer.write(f"GET {path} HTTP/1.1\r\nHost: trl-pool\r\n\r\n".encode())
+        if self._proof is None:
+            self._proof = asyncio.get_running_loop().create_future()
+            self._writer.write(f"GET {path} HTTP/1.1\r\nHost: trl-pool\r\n\r\n".encode())
         try:
             async with asyncio.timeout(timeout):
-                return await self._proof
+                proved = await asyncio.shield(self._proof)
         except TimeoutError:
-            return False
+            return None
+        self._writer.close()
+        return proved
 
 
 class Exchange:

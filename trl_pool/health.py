@@ -249,7 +249,7 @@ class HealthMonitor:
         sentinel = self._standing.get(backend.name)
         incarnation = backend.incarnation
         same = sentinel is not None and await sentinel.prove(backend.dialect.health_path, timeout=timeout)
-        if backend.doubt is not None and incarnation == backend.incarnation:
+        if same is not None and backend.doubt is not None and incarnation == backend.incarnation:
             backend.cleared_up(same=same)
 
     def _up(self, backend: Backend, answer: Answer) -> None:
