@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .application import create_app
+from ..extras import needs_server_extra
+
+with needs_server_extra("The gateway"):
+    from .application import create_app
 from .settings import GatewaySettings
 
 if TYPE_CHECKING:

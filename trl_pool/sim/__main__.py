@@ -7,9 +7,12 @@ import asyncio
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from trl_pool.extras import needs_server_extra
 from trl_pool.sim.config import DIALECTS, UNFINISHED_UPDATES, WEIGHT_TRANSFERS, SimConfig
 from trl_pool.sim.engine import TOKEN_LIMIT, Latency
-from trl_pool.sim.serve import ServeOptions, serve
+
+with needs_server_extra("A simulated server"):
+    from trl_pool.sim.serve import ServeOptions, serve
 
 
 def make_parser() -> argparse.ArgumentParser:
