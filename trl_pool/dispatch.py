@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from . import balancer
-from .backend import Backend, Lane, Lease
+from .backend import Backend
 from .config import PoolConfig
 from .errors import NoBackendAvailableError, OverloadedError
 from .facts import Health
+from .leases import Lane, Lease
 from .ring import HashRing
 
 T = TypeVar("T")

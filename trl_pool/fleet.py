@@ -17,7 +17,7 @@ import msgspec
 
 from ._version import __version__
 from .addresses import BackendAddress, parse_backends
-from .backend import Backend, BackendStatistics, find
+from .backend import Backend, find
 from .config import PoolConfig, shown
 from .dialects.base import Dialect
 from .dialects.trl import TrlDialect
@@ -35,6 +35,7 @@ from .exchange import Exchange
 from .facts import Health
 from .health import HealthMonitor
 from .identity import Identity
+from .leases import BackendStatistics
 from .lifetime import Lifetime, guarded
 from .weights.coordinator import WeightCoordinator
 

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 import httpx
 
-from .backend import Lane, Lease
 from .breaker import Verdict
 from .config import PoolConfig
 from .dispatch import Dispatcher, Want
 from .errors import Attempt, AttemptError, Outcome, RolloutError, RolloutTimeoutError
 from .exchange import judge, translate
+from .leases import Lane, Lease
 from .retry import MAX_COSTS, MAX_SERVER_ERRORS, RULES
 
 

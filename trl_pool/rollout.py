@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import balancer, retry
-from .backend import Backend, Lane, Lease
+from .backend import Backend
 from .breaker import Verdict
 from .config import PoolConfig
 from .dialects.base import Dialect, Endpoint, Job
@@ -25,6 +25,7 @@ from .errors import (
     RolloutTimeoutError,
 )
 from .exchange import judge
+from .leases import Lane, Lease
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from .. import validation
-from ..backend import BackendStatistics
 from ..errors import NoBackendAvailableError
 from ..fleet import resolve
 from ..identity import GATEWAY_HEADER
+from ..leases import BackendStatistics
 from .drain import Drain
 from .failures import json_response
 from .plumbing import add, pool_of, read_body

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..backend import Backend, Lane
+from ..backend import Backend
 from ..config import PoolConfig
 from ..dispatch import Dispatcher
 from ..errors import AttemptError, ControlError, ControlResult, Outcome, RequestRejectedError, WeightSyncError
 from ..exchange import judge
 from ..facts import Health
+from ..leases import Lane
 
 logger = logging.getLogger(__name__)
 
