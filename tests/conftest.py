@@ -21,7 +21,7 @@ settings.load_profile("trl_pool")
 _NO_SETTINGS = ("session_id", "transport", "weight_transport", "group_port", "connection_timeout", "api_key")
 
 QUICK: dict[str, Any] = {
-    "health_interval": 0.1,
+    "health_interval": 0.2,
     "health_timeout": 0.5,
     "connect_timeout": 2.0,
     "request_timeout": 20.0,
