@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from .addresses import BackendAddress
@@ -64,6 +64,7 @@ class Backend:
             clock=clock,
         )
         self.draining = False
+        self._frozen = False
         self.simulated = False
         self.incarnation = 0
         self.certain = 0  # the incarnation before its process was doubted
@@ -324,7 +325,7 @@ class Backend:
         now = asyncio.get_running_loop().time()
         lease.patience, lease.until = patience, now + until - self._clock()
         try:
-            async with asyncio.timeout_at(min(now + patience, lease.until)) as lease.scope:
+            async with asyncio.timeout_at(self._due(lease, now)) as lease.scope:
                 request = self.exchange.post(path, body, timeout=None, headers=headers)
                 if lease.lane is Lane.SCORE and self.dialect.scoring_is_exclusive:
                     return await self._outlive(request, Lane.SCORE.value)
@@ -340,10 +341,27 @@ class Backend:
     def _line_moved(self, answered: Lease) -> None:
         """The server has finished one request and turns to the next: their time starts now."""
         if self.dialect.one_request_at_a_time:
-            now = asyncio.get_running_loop().time()
-            for lease in self._leases:
-                if lease is not answered and lease.scope is not None and lease.broken_off is None:
-                    lease.scope.reschedule(min(now + lease.patience, lease.until))
+            self._time_anew(lease for lease in self._leases if lease is not answered)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is paused with its requests kept. They are not late, however long that takes."""
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, frozen: bool) -> None:
+        self._frozen = frozen
+        self._time_anew(self._leases)
+
+    def _due(self, lease: Lease, now: float) -> float:
+        """When a request has timed out, if its time starts now."""
+        return lease.until if self._frozen else min(now + lease.patience, lease.until)
+
+    def _time_anew(self, leases: Iterable[Lease]) -> None:
+        now = asyncio.get_running_loop().time()
+        for lease in leases:
+            if lease.scope is not None and lease.broken_off is None and not lease.scope.expired():
+                lease.scope.reschedule(self._due(lease, now))
 
     async def control(self, path: str, body: bytes | None, *, timeout: float | None = None) -> Answer:
         """Sends a control call, exactly once. One that does not return in time leaves the backend stuck until it
@@ -393,7 +411,7 @@ class Backend:
     def break_off_requests(self, outcome: Outcome, reason: str) -> None:
         """The same, except for control calls that have not returned."""
         for lease in self._leases:
-            if lease.scope is not None:
+            if lease.scope is not None and not lease.scope.expired():
                 lease.broken_off = AttemptError(self.url, outcome, f"broken off: {reason}")
                 lease.scope.reschedule(asyncio.get_running_loop().time())
 

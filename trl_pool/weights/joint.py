@@ -78,6 +78,8 @@ class JointUpdates(UpdateGroup):
         logger.warning("Pausing %s: requests did not end within drain_timeout", ", ".join(b.url for b in working))
         results = await self._books.broadcast("/pause?mode=keep", {}, working)
         self._paused = [b for b in working if results[b.name].ok]
+        for backend in self._paused:
+            backend.frozen = True
         if len(self._paused) < len(working):
             failed = {r.url: r for r in results.values() if not r.ok}
             await self._thaw()
@@ -87,6 +89,8 @@ class JointUpdates(UpdateGroup):
         """Lets frozen requests go on where the weights are whole. Where they are not, the requests are given up, and
         served anew by whoever may: going on they would mix weights, or end a server whose layers are still apart."""
         frozen, self._paused = self._paused, []
+        for backend in frozen:
+            backend.frozen = False
         mixed = [b for b in frozen if b.sync.held is None]
         for backend in mixed:
             backend.break_off_requests(Outcome.BUSY, "a weight update failed on it")

@@ -169,16 +169,22 @@ class RelayedUpdates:
         results = await self.everywhere(f"/pause?{query}" if query else "/pause", None)
         if keep:
             self._frozen = [b for b in self._books.everybody() if results.get(b.name) and results[b.name].ok]
+            for backend in self._frozen:
+                backend.frozen = True
         return results
 
     async def resume(self) -> Results:
         """Lets every backend go on."""
-        self._frozen = []
+        frozen, self._frozen = self._frozen, []
+        for backend in frozen:
+            backend.frozen = False
         return await self.everywhere("/resume", None)
 
     async def _thaw(self) -> None:
         """The trainer has vanished in mid-update: its frozen requests must not go on with mixed weights."""
         frozen, self._frozen = self._frozen, []
+        for backend in frozen:
+            backend.frozen = False
         if frozen:
             logger.warning("Aborting requests that were frozen on %s", ", ".join(b.url for b in frozen))
             await self._books.broadcast("/pause?mode=abort", {}, frozen)
