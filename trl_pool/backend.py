@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from .addresses import BackendAddress
@@ -14,7 +14,8 @@ from .errors import AttemptError, Outcome, UnknownBackendError
 from .exchange import Answer, Exchange
 from .facts import Health, HealthFact, SyncFact
 from .identity import Identity
-from .leases import BackendStatistics, Lane, Lease
+from .leases import BackendStatistics, Lane, Lease, Leases, Tally
+from .schedule import DEFAULT_MAX_NUM_SEQS, Queue
 
 SIMULATED = "trl-pool-sim"
 """What simulated servers call themselves in the `server` header."""
@@ -36,7 +37,10 @@ class Backend:
         clock (`Callable[[], float]`): Monotonic seconds.
         required_weights (`Callable[[], int]`): The weight version that may serve.
         changed (`Callable[[], None]`): Called after anything that may let waiting work go on.
-        doubted (`Callable[[Backend], None]`): Called when traffic suggests that the server is gone.
+        doubted (`Callable[[Backend], None]`, *optional*): Called when traffic suggests that the server is gone.
+        restarted (`Callable[[Backend], None]`, *optional*):
+            Called when its process may be a new one, whose caches are empty.
+        tally ([`Tally`], *optional*): Completions out on all backends.
     """
 
     def __init__(
@@ -50,11 +54,14 @@ class Backend:
         required_weights: Callable[[], int],
         changed: Callable[[], None],
         doubted: Callable[[Backend], None] = lambda backend: None,
+        restarted: Callable[[Backend], None] = lambda backend: None,
+        tally: Tally | None = None,
     ) -> None:
         self.address, self.name, self.url = address, address.name, address.url
         self.dialect, self.exchange = dialect, exchange
         self._config, self._clock = config, clock
         self._required_weights, self._changed, self._doubted = required_weights, changed, doubted
+        self._restarted = restarted
         self.health = HealthFact(silent_means_suspect=dialect.silent_while_busy)
         self.sync = SyncFact()
         self.breaker = CircuitBreaker(
@@ -74,7 +81,9 @@ class Backend:
         self.doubt: str | None = None  # why its process may be a new one, until a probe has cleared it up
         self._busy_until = 0.0
         self._busy_streak = 0
-        self._leases: set[Lease] = set()
+        self._leases = Leases(tally or Tally())
+        self.queue: Queue | None = None  # what it said of its queue last
+        self.tells_queue: bool | None = None  # whether it says that at all, once it was asked
         # Requests nobody waits for any more, which the server still works on: what they are, and since when.
         self._orphans: dict[asyncio.Task[Answer], tuple[str, float]] = {}
         self._removed = False
@@ -110,26 +119,33 @@ class Backend:
     @property
     def slots_taken(self) -> int:
         """Slots in use: requests out, of which those that share one with the rest of their call count once."""
-        sharing = {id(lease.owner) for lease in self._leases if lease.shares_slot}
-        return sum(not lease.shares_slot for lease in self._leases) + len(sharing)
+        return self._leases.slots
 
     @property
     def load(self) -> int:
         """Completions out."""
-        return sum(lease.weight for lease in self._leases)
+        return self._leases.load
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that it runs at once, or is taken to run if it does not say."""
+        told = None if self.identity is None else self.identity.max_num_seqs
+        return DEFAULT_MAX_NUM_SEQS if told is None else told
 
     def leased_to(self, owner: object) -> int:
         """Requests out that belong to one call."""
-        return sum(lease.owner is owner for lease in self._leases)
+        return self._leases.of(owner)
 
     @property
     def working(self) -> bool:
         """Whether the server has work of ours, waited for or not."""
-        return bool(self._leases or self._orphans)
+        return bool(len(self._leases) or self._orphans)
 
     @property
     def stuck(self) -> str | None:
         """The control call that has not returned, if there is one; or scoring that should have long ago."""
+        if not self._orphans:
+            return None
         long_ago = self._clock() - self._config.control_timeout
         for what, since in self._orphans.values():
             if what != Lane.SCORE.value or since < long_ago:
@@ -140,7 +156,7 @@ class Backend:
         """Whether requests of this kind are out, waited for or not."""
         if lane is Lane.SCORE and any(what == Lane.SCORE.value for what, _ in self._orphans.values()):
             return True
-        return any(lease.lane is lane for lease in self._leases)
+        return self._leases.in_lane(lane)
 
     # Whether it may have a request
 
@@ -183,7 +199,7 @@ class Backend:
             lane ([`Lane`]): Of the request.
             sharer (`object`, *optional*): The call whose slot it may share.
         """
-        has_slot = sharer is not None and any(b.shares_slot and b.owner is sharer for b in self._leases)
+        has_slot = sharer is not None and self._leases.shares_slot(sharer)
         if not has_slot and self.slots_taken >= self._config.max_inflight_per_backend:
             return f"has all {self._config.max_inflight_per_backend} slots taken"
         wait = self.seconds_busy()
@@ -207,13 +223,23 @@ class Backend:
         lease = Lease(self, lane, weight, self.breaker.acquire(force=force), self._clock(), owner, shares_slot)
         lease.weight_version = self.sync.held
         self._leases.add(lease)
+        if self.queue is not None:
+            self.queue.changed += weight
         return lease
+
+    def reweigh(self, lease: Lease, weight: int) -> None:
+        """A lease turns out to be for more completions than was thought, or for fewer."""
+        if self.queue is not None:
+            self.queue.changed += weight - lease.weight
+        self._leases.reweigh(lease, weight)
 
     def release(self, lease: Lease, verdict: Verdict, *, reason: str = "") -> None:
         """Gives a lease back with what the request showed; a second time does nothing."""
         if lease not in self._leases:
             return
         self._leases.discard(lease)
+        if self.queue is not None and verdict is not Verdict.SUCCESS:
+            self.queue.changed -= lease.weight  # what nobody waits for is aborted
         suspect = self.health.state is Health.SUSPECT
         self.breaker.release(lease.permit, verdict, reason=reason, trip=suspect)
         self._changed()
@@ -222,8 +248,16 @@ class Backend:
         """Gives back a lease that no request was sent on."""
         self.release(lease, Verdict.NEUTRAL)
 
-    def served(self, lease: Lease, prompts: int) -> None:
-        """Counts an answer."""
+    def served(self, lease: Lease, prompts: int, lengths: Sequence[int] = ()) -> None:
+        """Counts an answer.
+
+        Args:
+            lease ([`Lease`]): Of the request.
+            prompts (`int`): Prompts in it.
+            lengths (`Sequence[int]`, *optional*): Tokens of its completions, where they are known.
+        """
+        if self.queue is not None:
+            self.queue.answered(lease.started, self._clock(), lengths or (1,))
         self.health.served()
         self._busy_streak = 0
         self._prompts += prompts
@@ -272,6 +306,7 @@ class Backend:
         reason, self.doubt = self.doubt, None
         if not same:
             self.incarnation += 1
+            self._restarted(self)
             if self.sync.believed is not None:
                 self.sync.lost(reason or "its process may be a new one")
         elif self.sync.believed is not None:
@@ -282,6 +317,7 @@ class Backend:
         """Whoever answers next may be a new process: it has no communicator, and after the first update the wrong
         weights. A `trl` server cannot say so; others are asked with the next probe."""
         self.incarnation += 1
+        self._restarted(self)
         self.doubt = None
         if self._required_weights() > 0 and self.sync.held is not None:
             if self.identity is not None and self.identity.keeps_version:

@@ -28,6 +28,7 @@ class Identity:
         dtype (`str`, *optional*): Of its weights.
         weight_transfer (`str`, *optional*): Backend of its weight transfer engine.
         version (`str`, *optional*): Of vLLM.
+        max_num_seqs (`int`, *optional*): Sequences that it runs at once, over all its engines.
         development (`bool`, *optional*, defaults to `False`): Whether its development endpoints are there, without
             which it takes no weights.
     """
@@ -39,6 +40,7 @@ class Identity:
     dtype: str | None = None
     weight_transfer: str | None = None
     version: str | None = None
+    max_num_seqs: int | None = None
     development: bool = False
 
     def differences(self, other: Identity) -> list[str]:
@@ -109,8 +111,16 @@ async def identify(exchange: Exchange, first: Answer, *, timeout: float) -> Iden
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         weight_transfer=transfer.get("backend"),
         version=None if version is None else str(version),
+        max_num_seqs=_sequences(config),
         development=info.status == 200,
     )
+
+
+def _sequences(config: dict[str, Any]) -> int | None:
+    """`max_num_seqs` is each engine's, of which data parallelism has several."""
+    each = (config.get("scheduler_config") or {}).get("max_num_seqs")
+    engines = (config.get("parallel_config") or {}).get("data_parallel_size")
+    return each * (engines if isinstance(engines, int) else 1) if isinstance(each, int) and each > 0 else None
 
 
 async def weight_version(exchange: Exchange, *, timeout: float) -> str | None:
