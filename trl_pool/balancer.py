@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,14 @@ CHARS_PER_TOKEN = 4
 
 _AFFINITY_DEPTH = 16
 """How far along the ring a prompt looks for room. Beyond that any place is as cold as any other."""
+
+
+_FEW = 2
+_ALONE = 1.25
+"""A beginning that no more than so many backends have is worth so much more load on one of them."""
+
+_DRAWN = 8
+"""Backends of which the least loaded is taken, where affinity has nothing to say."""
 
 
 def affinity_key(unit: Any, prefix_chars: int) -> str:
@@ -30,13 +39,24 @@ def affinity_key(unit: Any, prefix_chars: int) -> str:
         # White space may make up most of a prompt's beginning; four times as much is read before it is collapsed.
         return " ".join(unit[: 4 * prefix_chars].split())[:prefix_chars]
     if unit and all(isinstance(message, dict) for message in unit):
-        text = ""
-        for message in unit:
-            text += f"{message.get('role')}: {_content_text(message.get('content'))}\n"
-            if len(text) >= 4 * prefix_chars:
-                break
-        return affinity_key(text, prefix_chars)
+        return affinity_key(conversation_text(unit, 4 * prefix_chars), prefix_chars)
     return ",".join(map(str, unit[: max(1, prefix_chars // CHARS_PER_TOKEN)]))
+
+
+def conversation_text(messages: Sequence[Any], enough: int | None = None) -> str:
+    """A conversation as one text, to be compared with others'.
+
+    Args:
+        messages (`list[dict]`): The conversation.
+        enough (`int`, *optional*): Characters after which the rest is left out.
+    """
+    parts, length = [], 0
+    for message in messages:
+        parts.append(f"{message.get('role')}: {_content_text(message.get('content'))}\n")
+        length += len(parts[-1])
+        if enough is not None and length >= enough:
+            break
+    return "".join(parts)
 
 
 def session_key(session_id: str) -> str:
@@ -50,7 +70,13 @@ def _content_text(content: Any) -> str:
     return str(content)
 
 
-def shares(count: int, weight: int, loads: Mapping[str, int], tie: Callable[[], float]) -> dict[str, int]:
+def shares(
+    count: int,
+    weight: int,
+    loads: Mapping[str, int],
+    tie: Callable[[], float],
+    speeds: Mapping[str, float] | None = None,
+) -> dict[str, int]:
     """How many of `count` equal prompts each backend gets so that the highest load ends as low as possible.
 
     Args:
@@ -58,14 +84,17 @@ def shares(count: int, weight: int, loads: Mapping[str, int], tie: Callable[[], 
         weight (`int`): Load of each.
         loads (`Mapping[str, int]`): Load that is out already, per backend.
         tie (`Callable[[], float]`): Decides between equals, so that no place in a list is favoured.
+        speeds (`Mapping[str, float]`, *optional*): A backend of speed 2 counts its load by half.
     """
     given = dict.fromkeys(loads, 0)
-    heap = [(load, tie(), name) for name, load in loads.items()]
+    costs = {name: 1 / (speeds or {}).get(name, 1.0) for name in loads}
+    # What a backend would come to with one prompt more, so that a slow one gets none where a fast one ends sooner.
+    heap = [((load + weight) * costs[name], tie(), name) for name, load in loads.items()]
     heapq.heapify(heap)
     for _ in range(count):
         load, rank, name = heap[0]
         given[name] += 1
-        heapq.heapreplace(heap, (load + weight, rank, name))
+        heapq.heapreplace(heap, (load + weight * costs[name], rank, name))
     return given
 
 
@@ -75,11 +104,14 @@ def split(
     loads: Mapping[str, int],
     walk: Callable[[str], Iterator[str]],
     rng: random.Random,
+    *,
+    speeds: Mapping[str, float] | None = None,
+    holders: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, list[int]]:
     """Spreads a batch: evenly first, since evenness decides how long a step takes, by affinity second.
 
-    Every backend gets exactly its share ([`shares`]); within that, each prompt goes to the first backend on its walk
-    around the ring that still has room.
+    Every backend gets exactly its share ([`shares`]). Within that, a prompt goes to a backend that is known to have
+    its beginning, else to the first on its walk around the ring that has room.
 
     Args:
         keys (`Sequence[str]`): Affinity key per prompt.
@@ -87,49 +119,145 @@ def split(
         loads (`Mapping[str, int]`): Load that is out already, per backend that may take part.
         walk (`Callable[[str], Iterator[str]]`): Ring order for a key.
         rng (`random.Random`): For ties.
+        speeds (`Mapping[str, float]`, *optional*): A backend of speed 2 gets twice as much as one of speed 1.
+        holders (`Sequence[Sequence[str]]`, *optional*): Per prompt, the backends that have its beginning.
 
     Returns:
         `dict[str, list[int]]`: Indices of prompts per backend, ascending; backends without work are left out.
     """
-    room = shares(len(keys), weight, loads, rng.random)
-    # Seats at the highest level are drawn by lot between equals; whom they go to, the prompts' affinity may say.
-    top = max((loads[name] + weight * count for name, count in room.items() if count), default=0)
-    takers = {name for name, count in room.items() if loads[name] + weight * (count + 1) == top}
-    seats = 0
-    for name, count in room.items():
-        if count and loads[name] + weight * count == top:
-            room[name] -= 1
-            takers.add(name)
-            seats += 1
-    placed: dict[str, list[int]] = {}
-    orders: dict[str, list[str]] = {}
-    homeless: list[int] = []
-
-    def has_room(name: str) -> bool:
-        return room[name] > 0 or (seats > 0 and name in takers)
-
-    def place(index: int, name: str) -> None:
-        nonlocal seats
-        if room[name]:
-            room[name] -= 1
+    seats = _Seats(shares(len(keys), weight, loads, rng.random, speeds), weight, loads)
+    rest: list[int] = []
+    # Those whose place is known first: the others do as well anywhere.
+    for index, names in enumerate(holders or [()] * len(keys)):
+        found = max((name for name in names if seats.free(name)), key=seats.room, default=None) if names else None
+        if found is None:
+            rest.append(index)
         else:
-            takers.discard(name)
-            seats -= 1
-        placed.setdefault(name, []).append(index)
-
-    for index, key in enumerate(keys):
-        if key not in orders:
-            near = (name for name in walk(key) if name in room)
-            orders[key] = list(itertools.islice(near, _AFFINITY_DEPTH))
-        found = next((name for name in orders[key] if has_room(name)), None)
+            seats.place(index, found)
+    walks: dict[str, _Walk] = {}
+    homeless: list[int] = []
+    for index in rest:
+        key = keys[index]
+        if key not in walks:
+            walks[key] = _Walk(name for name in walk(key) if name in loads)
+        found = walks[key].first(seats)
         if found is None:
             homeless.append(index)
         else:
-            place(index, found)
-    everybody = itertools.cycle(room)
+            seats.place(index, found)
+    everybody = itertools.cycle(loads)
     for index in homeless:
-        place(index, next(name for name in everybody if has_room(name)))
-    return {name: sorted(indices) for name, indices in placed.items()}
+        seats.place(index, next(name for name in everybody if seats.free(name)))
+    return {name: sorted(indices) for name, indices in seats.placed.items()}
+
+
+class _Walk:
+    """A walk around the ring, gone as far as was needed: prompts with the same key go the same way, and room that is
+    gone does not come back."""
+
+    __slots__ = ("_here", "_walk")
+
+    def __init__(self, walk: Iterator[str]) -> None:
+        self._walk = itertools.islice(walk, _AFFINITY_DEPTH)
+        self._here = next(self._walk, None)
+
+    def first(self, seats: _Seats) -> str | None:
+        """The first that has room."""
+        while self._here is not None and not seats.free(self._here):
+            self._here = next(self._walk, None)
+        return self._here
+
+
+class _Seats:
+    """Room that is left while a batch is spread.
+
+    Seats at the highest level are drawn by lot between equals; whom they go to, the prompts' affinity may say.
+    """
+
+    def __init__(self, room: dict[str, int], weight: int, loads: Mapping[str, int]) -> None:
+        self._room = room
+        self.placed: dict[str, list[int]] = {}
+        top = max((loads[name] + weight * count for name, count in room.items() if count), default=0)
+        self._takers = {name for name, count in room.items() if loads[name] + weight * (count + 1) == top}
+        self._extra = 0
+        for name, count in room.items():
+            if count and loads[name] + weight * count == top:
+                room[name] -= 1
+                self._takers.add(name)
+                self._extra += 1
+
+    def free(self, name: str) -> bool:
+        """Whether a backend takes part and has room."""
+        return self._room.get(name, 0) > 0 or (self._extra > 0 and name in self._takers)
+
+    def room(self, name: str) -> int:
+        """How much."""
+        return self._room[name]
+
+    def place(self, index: int, name: str) -> None:
+        """Gives a backend a prompt."""
+        if self._room[name]:
+            self._room[name] -= 1
+        else:
+            self._takers.discard(name)
+            self._extra -= 1
+        self.placed.setdefault(name, []).append(index)
+
+
+def sticky(
+    walk: Iterator[str],
+    holders: Sequence[str],
+    load: Callable[[str], int | None],
+    *,
+    mean: float,
+    weight: int,
+    factor: float,
+    keep: bool,
+    rng: random.Random,
+    names: Sequence[str],
+) -> str | None:
+    """Where a single request should go, found without a look at everybody.
+
+    To the least loaded of those who have its beginning in their cache, else to the first on its walk around the ring:
+    consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, 2016), which passes over a backend whose
+    load is too far above the mean. Where all of those are (a beginning that everybody asks for), to the least loaded
+    of a few drawn by lot: nearly as even as the least loaded of all (Mitzenmacher, 2001).
+
+    Args:
+        walk (`Iterator[str]`): Ring order for its key.
+        holders (`Sequence[str]`): Who has its beginning.
+        load (`Callable[[str], int | None]`): Load that is out on a backend; `None` if it cannot take the request now.
+        mean (`float`): Mean load.
+        weight (`int`): Load of the request.
+        factor (`float`): How far above the mean a backend may be that has something to offer.
+        keep (`bool`): Whether the ring's place has something to offer: a session's may, a prompt's whose beginning
+            nobody has does not.
+        rng (`random.Random`): For the lot.
+        names (`Sequence[str]`): Everybody.
+
+    Returns:
+        `str` or `None`: `None` when none of them can take it; there may be others.
+    """
+    found: str | None = None
+    least = factor * mean * (_ALONE if len(holders) <= _FEW else 1) + weight
+    for name in holders:
+        its = load(name)
+        if its is not None and (its < least or (its == least and found is None)):
+            found, least = name, its
+    if found is not None:
+        return found
+    bound = factor * mean + weight if keep else mean
+    for name in itertools.islice(walk, _AFFINITY_DEPTH):
+        its = load(name)
+        if its is not None and its <= bound:
+            return name
+    least = math.inf
+    for _ in range(_DRAWN if names else 0):
+        name = names[int(rng.random() * len(names))]
+        its = load(name)
+        if its is not None and its < least:
+            found, least = name, its
+    return found
 
 
 def sticky_order(

@@ -62,8 +62,12 @@ class PoolConfig(BaseModel):
         split_batches (`bool`, *optional*, defaults to `True`):
             Whether the prompts of a request are spread over the backends. Otherwise a request goes as a whole to
             the backend of its first prompt.
+        prefix_memory (`int`, *optional*, defaults to `65536`):
+            Beginnings of prompts of which the pool remembers who served them last, so that conversations come back
+            to their cache even where all of them begin alike. About 200 bytes each; 0 remembers none.
         balance_factor (`float`, *optional*, defaults to `1.25`):
-            Sticky requests leave their backend when its load exceeds this many times the mean.
+            Sticky requests leave their backend when its load exceeds this many times the mean (a quarter more, where
+            no other has the beginning of their prompt in its cache).
         virtual_nodes (`int`, *optional*, defaults to `160`):
             Points of each backend on the hash ring.
         max_queue (`int`, *optional*):
@@ -129,6 +133,7 @@ class PoolConfig(BaseModel):
     backend_wait_seconds: float = Field(60.0, ge=0, allow_inf_nan=False)
     prompt_sticky_prefix_chars: int = Field(200, ge=1)
     split_batches: bool = True
+    prefix_memory: int = Field(65536, ge=0)
     balance_factor: float = Field(1.25, ge=1, allow_inf_nan=False)
     virtual_nodes: int = Field(160, ge=150, le=10_000)
     max_queue: int | None = Field(None, ge=0)

@@ -13,10 +13,15 @@ from .backend import Backend
 from .config import PoolConfig
 from .errors import NoBackendAvailableError, OverloadedError
 from .facts import Health
-from .leases import Lane, Lease
+from .leases import Lane, Lease, Tally
+from .pace import Pace
+from .prefixes import PrefixMemory
 from .ring import HashRing
 
 T = TypeVar("T")
+
+_COUNT_SECONDS = 0.5
+"""How long a count of those who may take part holds. It only says what the mean load is."""
 
 _POLL_SECONDS = 1.0
 """Longest time between two looks at what waits: what changes by the clock alone (a cooldown) sends no notice."""
@@ -30,6 +35,9 @@ class Want:
         lane ([`Lane`]): Its kind.
         weight (`int`): Its load in completions.
         key (`str`, *optional*): Affinity key. Without one the least loaded backend is right.
+        marks (`Sequence[int]`, *optional*): Hashes of the prompt's beginnings ([`prefixes.marks`]).
+        keep (`bool`, *optional*, defaults to `False`): Whether the key's place on the ring is kept unless that has far
+            more to do than others, as a session's is. Otherwise evenness comes first.
         home (`str`, *optional*): The backend it was planned for, taken if at all possible.
         tried (`Container[str]`, *optional*): Backends it failed on; they come last.
         owner (`object`, *optional*): The call it belongs to.
@@ -42,6 +50,8 @@ class Want:
     lane: Lane
     weight: int
     key: str | None = None
+    marks: Sequence[int] = ()
+    keep: bool = False
     home: str | None = None
     tried: Container[str] = ()
     owner: object = None
@@ -79,6 +89,12 @@ class Dispatcher:
         self._config, self._clock, self._rng = config, clock, rng
         self.backends: dict[str, Backend] = {}
         self.ring = HashRing(virtual_nodes=config.virtual_nodes)
+        self.memory = PrefixMemory(config.prefix_memory)
+        self.pace = Pace()
+        self.tally = Tally()
+        self._names: list[str] = []
+        self._able = 0  # how many may take part, and when that was counted
+        self._counted = -float("inf")
         self._gate: str | None = None
         self._gate_drains = False
         self.under_way: set[object] = set()  # calls that somebody has begun to serve
@@ -95,12 +111,16 @@ class Dispatcher:
 
     def add(self, backend: Backend) -> None:
         self.backends[backend.name] = backend
+        self._names = list(self.backends)
         self.ring.add(backend.name)
         self.changed()
 
     def remove(self, backend: Backend) -> None:
         self.ring.remove(backend.name)
         self.backends.pop(backend.name, None)
+        self._names = list(self.backends)
+        self.pace.forget(backend.name)
+        self.memory.forget(backend.name)
         self.changed()
 
     @property
@@ -113,7 +133,9 @@ class Dispatcher:
         self._gate, self._gate_drains = reason, drain
 
     def open_gate(self) -> None:
+        """Leases are given again. Whatever it was closed for, caches have been reset or will be."""
         self._gate = None
+        self.memory.clear()
         self.changed()
 
     @property
@@ -159,11 +181,30 @@ class Dispatcher:
         for backend in pool:
             crowded = want.per_backend is not None and backend.leased_to(want.owner) >= want.per_backend
             sharer = want.owner if want.shares_slot else None
-            waits = crowded or backend.why_blocked(want.lane, sharer) is not None
-            # Who waits for this server to end its work of one kind must not see ever more of that kind go first.
-            waits = waits or (backend.dialect.scoring_is_exclusive and bool(self._ahead - {want.lane}))
+            waits = crowded or backend.why_blocked(want.lane, sharer) is not None or self._yields(backend, want.lane)
             (later if waits else ready)[backend.name] = backend
         return Candidates(ready, later, forced)
+
+    def _yields(self, backend: Backend, lane: Lane) -> bool:
+        """Who waits for this server to end its work of one kind must not see ever more of that kind go first."""
+        return bool(self._ahead) and backend.dialect.scoring_is_exclusive and bool(self._ahead - {lane})
+
+    def takes(self, name: str, want: Want) -> Backend | None:
+        """The backend of that name, if it is among the best class of [`candidates`] and can take the work at once.
+        What most choices need, with a look at one or two backends instead of all of them."""
+        backend = self.backends.get(name)
+        if (
+            backend is None
+            or name in want.tried
+            or self._is_suspect(backend)
+            or backend.why_ineligible() is not None
+            or not backend.breaker.allows()
+            or (want.per_backend is not None and backend.leased_to(want.owner) >= want.per_backend)
+            or backend.why_blocked(want.lane, want.owner if want.shares_slot else None) is not None
+            or self._yields(backend, want.lane)
+        ):
+            return None
+        return backend
 
     @staticmethod
     def _is_suspect(backend: Backend) -> bool:
@@ -180,8 +221,11 @@ class Dispatcher:
         Raises:
             [`NoBackendAvailableError`]: when there is nobody to wait for either.
         """
-        if self._gate is not None and not (self._gate_drains and want.owner in self.under_way):
+        if not self.gives(want.owner):
             return None
+        lease = self._lease_quickly(want)
+        if lease is not None:
+            return lease
         found = self.candidates(want)
         if not found.ready:
             return None
@@ -200,12 +244,53 @@ class Dispatcher:
             want.lane, want.weight, owner=want.owner, shares_slot=want.shares_slot, force=found.forced
         )
 
-    def split(self, want: Want, keys: Sequence[str]) -> list[tuple[Lease, list[int]]] | None:
+    def gives(self, owner: object) -> bool:
+        """Whether leases are given to a call now, as far as the gate is concerned."""
+        return self._gate is None or (self._gate_drains and owner in self.under_way)
+
+    def _lease_quickly(self, want: Want) -> Lease | None:
+        """A lease on the home, or on the sticky backend, if that is as it should be."""
+        name: str | None = None
+        if want.home is not None:
+            name = want.home
+        elif want.key is not None:
+
+            def load(name: str) -> int | None:
+                backend = self.takes(name, want)
+                return None if backend is None else backend.load
+
+            name = balancer.sticky(
+                self.ring.walk(want.key),
+                self.memory.holders(want.marks),
+                load,
+                mean=self._mean_load(),
+                weight=want.weight,
+                factor=self._config.balance_factor,
+                keep=want.keep,
+                rng=self._rng,
+                names=self._names,
+            )
+        backend = None if name is None else self.takes(name, want)
+        if backend is None:
+            return None
+        self.memory.served(want.marks, backend.name)
+        return backend.take(want.lane, want.weight, owner=want.owner, shares_slot=want.shares_slot)
+
+    def _mean_load(self) -> float:
+        now = self._clock()
+        if now - self._counted > _COUNT_SECONDS:
+            self._able, self._counted = len(self.eligible()), now
+        return self.tally.total / max(1, self._able)
+
+    def split(
+        self, want: Want, keys: Sequence[str], marks: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[Lease, list[int]]] | None:
         """Plans a batch over everybody who is ready and takes a lease for each share; `None` when all is taken.
 
         Args:
             want ([`Want`]): What the batch needs; its weight is that of one prompt.
             keys (`Sequence[str]`): Affinity key per prompt.
+            marks (`Sequence[Sequence[int]]`, *optional*): Hashes of each prompt's beginnings.
 
         Raises:
             [`NoBackendAvailableError`]: naming why not, per backend.
@@ -215,25 +300,40 @@ class Dispatcher:
         found = self.candidates(want)
         if not found.ready:
             return None
-        return self._share_out(want, keys, found, {})
+        return self._share_out(want, keys, marks, found, {})
 
-    def spread(self, lease: Lease, want: Want, keys: Sequence[str]) -> list[tuple[Lease, list[int]]]:
+    def spread(
+        self, lease: Lease, want: Want, keys: Sequence[str], marks: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[Lease, list[int]]]:
         """Like [`split`], for a call that waited and holds one lease already."""
         held = {lease.backend.name: lease}
-        lease.weight = 0
+        lease.backend.reweigh(lease, 0)
         try:
             found = self.candidates(want)
             ready = {**found.ready, lease.backend.name: lease.backend}
             found = Candidates(ready, {}, found.forced)
         except NoBackendAvailableError:
             found = Candidates({lease.backend.name: lease.backend}, {}, forced=False)
-        return self._share_out(want, keys, found, held)
+        return self._share_out(want, keys, marks, found, held)
 
     def _share_out(
-        self, want: Want, keys: Sequence[str], found: Candidates, held: dict[str, Lease]
+        self,
+        want: Want,
+        keys: Sequence[str],
+        marks: Sequence[Sequence[int]] | None,
+        found: Candidates,
+        held: dict[str, Lease],
     ) -> list[tuple[Lease, list[int]]]:
         loads = {name: backend.load for name, backend in found.ready.items()}
-        shards = balancer.split(keys, want.weight, loads, self.ring.walk, self._rng)
+        shards = balancer.split(
+            keys,
+            want.weight,
+            loads,
+            self.ring.walk,
+            self._rng,
+            speeds=self.pace.shares(loads),
+            holders=None if marks is None else [self.memory.holders(few) for few in marks],
+        )
         taken = []
         for name, indices in shards.items():
             lease = held.pop(name, None)
@@ -241,7 +341,10 @@ class Dispatcher:
                 lease = found.ready[name].take(
                     want.lane, 0, owner=want.owner, shares_slot=want.shares_slot, force=found.forced
                 )
-            lease.weight = want.weight * len(indices)
+            lease.backend.reweigh(lease, want.weight * len(indices))
+            if marks is not None:
+                for index in indices:
+                    self.memory.served(marks[index], name)
             taken.append((lease, indices))
         for lease in held.values():  # it waited, and others turned out to be emptier
             lease.backend.release_unused(lease)
@@ -263,12 +366,25 @@ class Dispatcher:
             [`OverloadedError`]: when the queue is full or the wait was too long.
             `TimeoutError`: when the deadline is reached.
         """
+        return await self.patiently(lambda: self.try_lease(want), want.lane, until=until, new_call=new_call)
+
+    async def patiently(
+        self, attempt: Callable[[], T | None], lane: Lane, *, until: float, new_call: bool = False
+    ) -> T:
+        """What `attempt` returns, as soon as it returns something; the rest is as in [`lease`].
+
+        Args:
+            attempt (`Callable`): May raise [`NoBackendAvailableError`], which is waited out for a while.
+            lane ([`Lane`]): Kind of the work.
+            until (`float`): The call's deadline on the pool's clock.
+            new_call (`bool`, *optional*, defaults to `False`): Whether `max_queue` and `queue_timeout` apply.
+        """
         alone_since: float | None = None
 
-        def poll() -> Lease | NoBackendAvailableError | None:
+        def poll() -> T | NoBackendAvailableError | None:
             nonlocal alone_since
             try:
-                lease = self.try_lease(want)
+                found = attempt()
             except NoBackendAvailableError as error:
                 now = self._clock()
                 alone_since = now if alone_since is None else alone_since
@@ -276,11 +392,11 @@ class Dispatcher:
                 over = now - alone_since >= self._config.backend_wait_seconds
                 return error if hopeless or over else None
             alone_since = None
-            return lease
+            return found
 
         result = poll()
         if result is None:
-            result = await self._queue(poll, want.lane, until=until, new_call=new_call)
+            result = await self._queue(poll, lane, until=until, new_call=new_call)
         if isinstance(result, NoBackendAvailableError):
             raise result
         return result

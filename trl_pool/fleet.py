@@ -143,6 +143,8 @@ class Fleet:
             required_weights=lambda: self._weights.number,
             changed=self._dispatcher.changed,
             doubted=self._monitor.probe_soon,
+            restarted=lambda backend: self._dispatcher.memory.forget(backend.name),
+            tally=self._dispatcher.tally,
         )
 
     async def restore(self, backend: Backend, identity: Identity) -> None:

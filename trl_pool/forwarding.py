@@ -32,7 +32,7 @@ class Forwarder:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, path: str, body: bytes, *, key: str, weight: int, headers: Mapping[str, str]
+        self, path: str, body: bytes, *, key: str, keep: bool = False, weight: int, headers: Mapping[str, str]
     ) -> AsyncIterator[tuple[str, httpx.Response]]:
         """A backend's name and its answer, whose status is 200 and whose body has not been read.
 
@@ -40,6 +40,7 @@ class Forwarder:
             path (`str`): Where to.
             body (`bytes`): What.
             key (`str`): Affinity key.
+            keep (`bool`, *optional*, defaults to `False`): Whether it is a session's.
             weight (`int`): Load, in completions.
             headers (`Mapping[str, str]`): Sent along.
 
@@ -53,7 +54,7 @@ class Forwarder:
         tried: set[str] = set()
         costs = errors = 0
         while True:
-            want = Want(Lane.GENERATE, weight, key, tried=tried, owner=object())
+            want = Want(Lane.GENERATE, weight, key, keep=keep, tried=tried, owner=object())
             try:
                 lease = await self._dispatcher.lease(want, until=deadline, new_call=not attempts)
             except TimeoutError:

@@ -437,6 +437,7 @@ class AsyncVLLMClientPool(TrainedFleet):
                 path,
                 body,
                 key=key if session_id is None else balancer.session_key(session_id),
+                keep=session_id is not None,
                 weight=weight,
                 headers=headers,
             ) as streamed,

@@ -8,10 +8,11 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from . import balancer, retry
+from . import balancer, prefixes, retry
 from .backend import Backend
 from .breaker import Verdict
 from .config import PoolConfig
+from .dialects.answers import GenerateAnswer
 from .dialects.base import Dialect, Endpoint, Job
 from .dispatch import Dispatcher, Want
 from .errors import (
@@ -26,6 +27,8 @@ from .errors import (
 )
 from .exchange import judge
 from .leases import Lane, Lease
+from .pulling import Pull
+from .schedule import SURPLUS
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +148,9 @@ class Rollout:
         self._given_up: set[int] = set()
         self._charged: set[str] = set()
         self._suspicions: list[_Suspicion] = []
+        self._began = 0.0
+        self._pull: Pull | None = None
+        self._shares: dict[str, tuple[float, int, int]] = {}  # seconds, tokens, longest: of shares that were whole
         self._no_backend: NoBackendAvailableError | OverloadedError | None = None
 
     async def run(self) -> RolloutResult:
@@ -189,27 +195,93 @@ class Rollout:
         keys = self._keys()
         shards: Sequence[tuple[Lease, list[int]]] | None = None
         whole = self._route.session_id is not None or not self._config.split_batches
-        each = self._want(indices[:1])
-        if not whole:
+        pulls = not whole and self._is_large()
+        each = self._want(indices[:1], pulls=pulls)
+        if whole or len(indices) == 1:
+            marks = () if self._route.session_id is not None else self._marks(self._job.units[0])
+            want = self._want(indices, key=keys[0], marks=marks)
+            lease = await self._dispatcher.lease(want, until=self._deadline, new_call=True)
+            shards = [(lease, indices)]
+        else:
+            beginnings = [self._marks(unit) for unit in self._job.units] if self._remembers() else None
             try:
-                shards = self._dispatcher.split(each, keys)
+                shards = self._dispatcher.split(each, keys, beginnings)
             except NoBackendAvailableError:
                 shards = None  # the queue knows how long to hope
-        if shards is None:
-            want = self._want(indices, key=keys[0])
-            lease = await self._dispatcher.lease(want, until=self._deadline, new_call=True)
-            shards = [(lease, indices)] if whole else self._dispatcher.spread(lease, each, keys)
+            if shards is None:
+                want = self._want(indices, key=keys[0], pulls=pulls)
+                lease = await self._dispatcher.lease(want, until=self._deadline, new_call=True)
+                shards = self._dispatcher.spread(lease, each, keys, beginnings)
         # From here on the call belongs to the weights it began with: an update waits for its end, not only for what
         # is out at the moment.
         self._dispatcher.under_way.add(self)
+        self._began = self._clock()
         try:
-            async with asyncio.TaskGroup() as group:
-                for lease, share in shards:
-                    group.create_task(self._serve_shard(lease, share))
+            if pulls:
+                await self._serve_pulled(each, shards)
+            elif len(shards) == 1:  # most requests of a gateway: nothing to wait for but this one
+                await self._serve_shard(*shards[0])
+            else:
+                async with asyncio.TaskGroup() as group:
+                    for lease, share in shards:
+                        group.create_task(self._serve_shard(lease, share))
+                self._learn()
         finally:
             self._dispatcher.under_way.discard(self)
             for lease, _ in shards:  # a task that was cancelled before its first step has not seen its lease
                 lease.backend.release_unused(lease)
+
+    async def _serve_pulled(self, each: Want, shards: Sequence[tuple[Lease, list[int]]]) -> None:
+        """More than the servers can run at once: they come for it as they answer."""
+        self._pull = pull = Pull(
+            each, shards, dispatcher=self._dispatcher, clock=self._clock, timeout=self._config.health_timeout
+        )
+        watch = asyncio.create_task(pull.watch())
+        taken: list[Lease] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                for lease, _ in shards:
+                    group.create_task(self._serve_shard(lease, pull.begin(lease)))
+                while pull.schedule.held:
+                    try:
+                        lease, piece = await self._dispatcher.patiently(pull.take, self._lane, until=self._deadline)
+                    except NoBackendAvailableError as error:
+                        self._no_backend = error
+                        self._given_up.update(pull.schedule.drop())
+                        break
+                    taken.append(lease)
+                    group.create_task(self._serve_shard(lease, piece))
+        finally:
+            watch.cancel()
+            for lease in taken:
+                lease.backend.release_unused(lease)
+
+    def _is_large(self) -> bool:
+        """Whether the batch is more than the servers can run at once, and they work on many requests at a time."""
+        backends = self._dispatcher.backends.values()
+        if self._dialect.one_request_at_a_time or self._lane is Lane.SCORE or len(backends) < 2:
+            return False
+        rooms = (int(b.max_num_seqs * (1 + SURPLUS)) - b.load for b in backends)
+        return len(self._job.units) * self._job.n > sum(max(0, room) for room in rooms)
+
+    def _remembers(self) -> bool:
+        """Whether it is worth knowing who has which beginning of a prompt."""
+        return (
+            self._config.prefix_memory > 0
+            and self._lane is Lane.GENERATE
+            and self._job.endpoint is not Endpoint.RENDER
+            and len(self._dispatcher.backends) > 1
+        )
+
+    def _marks(self, unit: Any) -> Sequence[int]:
+        return prefixes.marks(unit) if self._remembers() else ()
+
+    def _learn(self) -> None:
+        """What the call says about the servers' speed, if each had its share from the beginning to the end."""
+        if not any(self._history):
+            sequences = {b.name: b.max_num_seqs for b in self._dispatcher.backends.values()}
+            known = {name: share for name, share in self._shares.items() if name in sequences}
+            self._dispatcher.pace.observe_call(known, sequences)
 
     def _keys(self) -> list[str]:
         if self._route.session_id is not None:
@@ -226,6 +298,12 @@ class Rollout:
         home = lease.backend.name
         first: Lease | None = lease
         failed = 0
+        sizes = [limit for limit in (self._route.chunk_size, self._units_per_request) if limit]
+        if len(share) <= min(sizes, default=len(share)):
+            await self._serve_piece(share, lease, home)
+            first, failed = None, len(self._left(share))
+            if not failed:
+                return
         try:
             async for attempt in retry.rounds(
                 attempts=self._config.max_attempts,
@@ -234,9 +312,10 @@ class Rollout:
             ):
                 with attempt:
                     left = self._left(share)
+                    if failed and attempt.retry_state.attempt_number == 1:
+                        raise retry.PromptsOutstandingError  # the first round has been already
                     size = retry.piece_size(failed, len(self._dispatcher.backends) - 1) if failed else len(left)
-                    for limit in (self._route.chunk_size, self._units_per_request):
-                        size = min(size, limit) if limit else size
+                    size = min([size, *sizes])
                     pieces = [left[i : i + size] for i in range(0, len(left), size)]
                     async with asyncio.TaskGroup() as group:
                         for piece in pieces:
@@ -255,7 +334,7 @@ class Rollout:
     async def _serve_piece(self, piece: list[int], lease: Lease | None, home: str | None) -> None:
         """One piece on one backend; a busy one only passes it on."""
         if lease is not None:
-            lease.weight = self._weight(piece)
+            lease.backend.reweigh(lease, self._weight(piece))
         while True:
             if lease is None:
                 try:
@@ -288,12 +367,30 @@ class Rollout:
         return not (under_way or any(self._history) or any(self._served_by))
 
     def _want(
-        self, piece: Sequence[int], *, key: str | None = None, home: str | None = None, tried: Container[str] = ()
+        self,
+        piece: Sequence[int],
+        *,
+        key: str | None = None,
+        marks: Sequence[int] = (),
+        home: str | None = None,
+        tried: Container[str] = (),
+        pulls: bool = False,
     ) -> Want:
         single = self._units_per_request is not None
         bounded = single or self._route.chunk_size or self._dialect.one_request_at_a_time
         per_backend = self._route.per_backend if bounded else None
-        return Want(self._lane, self._weight(piece), key, home, tried, self, per_backend, shares_slot=single)
+        return Want(
+            self._lane,
+            self._weight(piece),
+            key,
+            marks,
+            self._route.session_id is not None or not self._config.split_batches,
+            home,
+            tried,
+            self,
+            per_backend,
+            shares_slot=single or pulls or self._pull is not None,
+        )
 
     async def _attempt(self, lease: Lease, piece: list[int]) -> Outcome:
         """Sends a piece on a lease, gives the lease back, and keeps the books."""
@@ -330,7 +427,16 @@ class Rollout:
             self._answers[index] = answer
             self._served_by[index] = lease.backend.name
             self._provenance[index] = lease.backend.url, lease.weight_version
-        lease.backend.served(lease, len(piece))
+        lengths = [
+            len(ids) for answer in answers if isinstance(answer, GenerateAnswer) for ids in answer.completion_ids
+        ]
+        if self._pull is not None:
+            self._pull.answered(lease, lengths)
+        elif lengths:
+            _, tokens, longest = self._shares.get(lease.backend.name, (0.0, 0, 0))
+            seconds = self._clock() - self._began
+            self._shares[lease.backend.name] = seconds, tokens + sum(lengths), max(longest, *lengths)
+        lease.backend.served(lease, len(piece), lengths)
         lease.backend.release(lease, retry.RULES[Outcome.OK].verdict)
         if self._progress is not None:
             self._progress.update(len(piece))
@@ -352,6 +458,8 @@ class Rollout:
         charged = rule.verdict is Verdict.FAILURE and charge and backend.name not in self._charged
         if charged:
             self._charged.add(backend.name)
+        if self._pull is not None:
+            self._pull.ended(lease)
         backend.failed(error)
         backend.release(lease, Verdict.FAILURE if charged else Verdict.NEUTRAL, reason=reason)
         if outcome is Outcome.BUSY:
