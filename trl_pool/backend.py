@@ -478,6 +478,7 @@ class Backend:
             inflight=self.inflight,
             load=self.load,
             requests=self._requests,
+            answered=self._answered,
             prompts=self._prompts,
             failures=self._failures,
             failovers=self._failovers,

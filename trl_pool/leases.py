@@ -137,6 +137,7 @@ class BackendStatistics:
         inflight (`int`): Requests out now.
         load (`int`): Completions out now.
         requests (`int`): Requests sent so far.
+        answered (`int`): Requests it has answered.
         prompts (`int`): Prompts it has answered.
         failures (`int`): Requests that failed.
         failovers (`int`): Prompts taken from it and sent elsewhere.
@@ -156,6 +157,7 @@ class BackendStatistics:
     inflight: int
     load: int
     requests: int
+    answered: int
     prompts: int
     failures: int
     failovers: int

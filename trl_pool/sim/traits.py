@@ -77,6 +77,7 @@ _VLLM_ASKED = {
     "/version": "version",
     "/server_info": "server_info",
     "/get_world_size": "get_world_size",
+    "/metrics": "metrics",
     "/v1/models": "models",
     "/v1/chat/completions/render": "render",
 }

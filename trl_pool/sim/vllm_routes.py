@@ -58,6 +58,10 @@ def _add_information(app: FastAPI, worker: VLLMWorker) -> None:
     async def version() -> Response:
         return json_response({"version": config.vllm_version})
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(worker.prefix_cache.metrics(config.model), media_type="text/plain; version=0.0.4")
+
     @app.get("/v1/models")
     async def models() -> Response:
         cards = [_model_card(config.model, config.model, None, config.max_model_len)]

@@ -16,6 +16,7 @@ from typing import Any
 from trl_pool.sim.config import SimConfig
 from trl_pool.sim.engine import Weights, digest_of
 from trl_pool.sim.parameters import Parameters, WorkerError
+from trl_pool.sim.prefix_cache import PrefixCache
 from trl_pool.sim.receiver import ControlReceiver, GlooReceiver, Receiver
 from trl_pool.sim.sampling import Sampling
 from trl_pool.sim.scheduler import Job, Progress, Scheduler
@@ -70,6 +71,7 @@ class VLLMWorker:
         self.scheduler = Scheduler(
             config.latency, config.max_model_len, lambda: self.clock(), lambda seconds: self.sleep(seconds)
         )
+        self.prefix_cache = PrefixCache()
         self.adapters: dict[str, Adapter] = {}
         self.dead = False
         self.died = asyncio.Event()
@@ -115,6 +117,8 @@ class VLLMWorker:
             EngineDead: If the engine has died, or dies of this.
         """
         job = Job(ids, prompts, sampling, lambda: self.weights(adapter), images)
+        for prompt, image in zip(prompts, images or [""] * len(prompts), strict=True):
+            self.prefix_cache.look_up(prompt, sampling.n, f"{adapter.name if adapter else ''} {image}")
         return self.scheduler.run(job, stepwise)
 
     def weights(self, adapter: Adapter | None = None) -> Weights:
@@ -147,6 +151,8 @@ class VLLMWorker:
     async def reset_prefix_cache(self, running_too: bool) -> bool:
         """Whether it could be reset: running requests hold it, unless they are to give it up."""
         done: bool = await self.call(lambda: running_too or not self.scheduler.running)
+        if done:
+            self.prefix_cache.reset()
         return done
 
     async def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
