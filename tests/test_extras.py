@@ -1,4 +1,4 @@
-"""Without the `server` extra: whoever needs it says so."""
+"""Without the extras: whoever needs one says so."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ def test_what_needs_the_server_extra_says_how_to_install_it(module: str) -> None
     run = subprocess.run([sys.executable, "-c", code, "--port", "0"], capture_output=True, text=True, timeout=30)
     assert run.returncode != 0
     assert 'pip install "trl-pool[server]"' in run.stderr
+
+
+def test_a_benchmark_says_how_to_install_what_it_needs() -> None:
+    code = "import sys, runpy; sys.modules['tabulate'] = None; runpy.run_module('trl_pool.bench', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert run.returncode != 0
+    assert 'pip install "trl-pool[bench]"' in run.stderr
 
 
 def test_the_pool_itself_does_without() -> None:
