@@ -201,6 +201,22 @@ def test_prompts_of_a_dataset_are_sent_as_they_are(tmp_path: Path) -> None:
     assert sum(part.prompts for part in bench.steps[0].parts.values()) == 8
 
 
+def test_prompts_of_a_dataset_that_came_again_are_mentioned(
+    vllm_fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {index}"}) + "\n" for index in range(18)))
+    line = of(vllm_fleet(2), "--dataset", str(path), "--steps", "1")
+    assert main(line) == 0
+    assert "came again" not in capsys.readouterr().out
+    assert main([*line, "--compare"]) == 0
+    printed = capsys.readouterr().out
+    assert "36 prompts were sent: some came again" in printed
+    assert "Each of the 2:" in printed
+    assert main([*line, "--compare", "--reset-caches"]) == 0
+    assert "came again" not in capsys.readouterr().out
+
+
 def test_no_prompt_is_sent_that_a_server_may_hang_on(
     fleet: Fleet, vllm_fleet: Fleet, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,8 +95,19 @@ def heading(bench: Bench) -> str:
     model = f", {bench.model}" if bench.model else ""
     return (
         f"{kind}{model}. A step: {prompts}, {work.n} completion{'s' * (work.n > 1)} of {lengths}{turns}, {together}"
-        f"{caches}. Seed {work.seed}."
+        f"{caches}. Seed {work.seed}.{_repeated(bench)}"
     )
+
+
+def _repeated(bench: Bench) -> str:
+    """A warning where prompts of a dataset were sent again."""
+    plan = bench.plan
+    if plan.dataset is None or plan.reset_caches:
+        return ""
+    sent = (plan.warm_up + plan.steps) * plan.workload.prompts * len({step.servers for step in bench.steps})
+    if sent <= len(plan.dataset):
+        return ""
+    return f"\n{sent} prompts were sent: some came again, and may have been in a cache (--reset-caches empties them)."
 
 
 def write(path: Path, bench: Bench, found: Sequence[FleetFigures], *, complete: bool) -> None:

@@ -82,8 +82,9 @@ def text(fleets: Sequence[FleetFigures]) -> str:
     """All of it: fleets, the servers of the largest, notes."""
     if not fleets:
         return "nothing was measured"
-    parts = [_table(fleet_rows(fleets)), _table(server_rows(fleets[-1])), *notes(fleets)]
-    return "\n\n".join(parts)
+    largest = fleets[-1]
+    each = [f"Each of the {largest.servers}:"] if len(fleets) > 1 else []
+    return "\n\n".join([_table(fleet_rows(fleets)), *each, _table(server_rows(largest)), *notes(fleets)])
 
 
 def as_json(fleets: Sequence[FleetFigures], **about: Any) -> dict[str, Any]:
