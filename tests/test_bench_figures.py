@@ -79,6 +79,7 @@ def test_the_fleet_has_cache_hits_only_if_all_servers_tell_theirs() -> None:
 def test_a_column_that_nobody_fills_is_not_shown() -> None:
     shown = text(figures([step(2, 1.0, 50, 50)]))
     assert "cache hits" not in shown
+    assert "failures" not in shown
     assert "tokens/s" in shown
 
 
@@ -90,6 +91,7 @@ def test_servers_that_failed_or_did_nothing_are_named() -> None:
         "2 servers: 2 requests failed, and their time is in the figures.",
     ]
     assert server_rows(fleet)[1]["request, s"] == NOTHING
+    assert [row["failures"] for row in server_rows(fleet)] == ["2", NOTHING]
 
 
 def test_a_further_server_is_judged_in_words() -> None:

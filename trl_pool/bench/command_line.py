@@ -91,7 +91,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="empty the servers' prefix caches before every step, as a weight update does",
     )
-    add("--seed", type=int, metavar="N", help="same seed, same prompts, which caches may know by then (default: another one each time)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="same seed, same prompts, which caches may know by then (default: another one each time)",
+    )
 
     add = options.add_argument_group("how often, and what comes of it").add_argument
     add("--steps", type=int, default=5, metavar="N", help="steps that count (default: %(default)s)")

@@ -49,8 +49,8 @@ def server_rows(fleet: FleetFigures) -> list[dict[str, str]]:
             "call p50, s": _seconds(server.call_p50),
             "call p99, s": _seconds(server.call_p99),
             "cache hits": _percent(server.cache_hits),
-            "failures": str(server.failures),
-            "moved away": str(server.failovers),
+            "failures": str(server.failures or NOTHING),
+            "moved away": str(server.failovers or NOTHING),
         }
         for server in fleet.per_server
     ]
