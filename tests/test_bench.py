@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import eventually
+from test_server_process import Gateway, gateways
 from vllm_sims import Apps
 
 from trl_pool import ConfigurationError, PoolConfig, RolloutError
@@ -26,6 +27,8 @@ from trl_pool.bench.workload import Workload
 from trl_pool.sim import SimProcess
 
 Fleet = Callable[..., list[SimProcess]]
+
+gateway = pytest.fixture(gateways)
 
 SMALL = ("--prompts", "9", "--n", "2", "--max-tokens", "4", "--prompt-tokens", "40", "--seed", "1", "--quiet")
 
@@ -323,3 +326,13 @@ def test_an_interrupt_prints_what_was_measured(vllm_fleet: Fleet, tmp_path: Path
     assert "Traceback" not in said
     assert [row[0] for row in rows(printed, 0)[1:]] == ["1"]
     assert json.loads(path.read_text())["about"]["complete"] is False
+
+
+def test_servers_behind_a_gateway_are_measured_one_by_one(
+    vllm_fleet: Fleet, gateway: Callable[..., Gateway], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sims = vllm_fleet(2)
+    assert main(["--backends", gateway(sims).url, *SMALL, "--steps", "1", "--servers", "1,2"]) == 0
+    tables = capsys.readouterr().out
+    assert [row[0] for row in rows(tables, 0)[1:]] == ["1", "2"]
+    assert [row[0] for row in rows(tables, 1)[1:]] == [sim.url for sim in sims]
