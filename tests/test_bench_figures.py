@@ -102,6 +102,17 @@ def test_a_further_server_is_judged_in_words() -> None:
     ]
 
 
+def test_steps_that_overlap_are_said_to_prove_little() -> None:
+    def of(*seconds: float) -> list[Step]:
+        tokens = (400, 400) if len(seconds) == 2 else (800,)
+        return [step(len(tokens), time, *tokens, number=number) for number, time in enumerate(seconds)]
+
+    (clear,) = notes(figures([*of(8.0), *of(4.0, 5.0)]))
+    (doubtful,) = notes(figures([*of(4.5), *of(4.0, 5.0)]))
+    assert "overlap" not in clear
+    assert doubtful.endswith("Steps of 1 and 2 overlap: more of them (--steps) say it surer.")
+
+
 def test_json_has_what_the_tables_have() -> None:
     found = figures([step(1, 8.0, 800), step(2, 5.0, 400, 400)])
     value = as_json(found, about={"model": "m"})

@@ -24,8 +24,9 @@ twice, so that none is in a cache but for what it shares; completions are as lon
 --until-eos. The servers are taken as they are: nobody else should use them meanwhile.
 
 Tables: a call is all prompts of a turn, or one prompt with --concurrency. "cache hits" is the part of the prompts'
-tokens that was in the prefix cache, where a server tells (vllm serve does); each of a prompt's n completions looks
-for itself, so that n = 8 alone makes up to 7/8. "speed-up" is in tokens/s.
+tokens that was in the prefix cache, where a server tells (vllm serve does). It holds whole blocks, of 16 tokens and on
+a CPU of 128, and each of a prompt's n completions looks for itself: n = 8 alone makes up to 7/8. "speed-up" is in
+tokens/s.
 
   which number of servers pays         --compare
   a step of GRPO                       --prompts 64 --n 8 --prompt-tokens 512 --max-tokens 1024 --reset-caches

@@ -63,9 +63,15 @@ def notes(fleets: Sequence[FleetFigures]) -> list[str]:
         if fleet.adds is not None and before is not None:
             new = fleet.per_server[before.servers :]
             what = f"server {fleet.servers} ({new[-1].url})" if len(new) == 1 else f"each of {len(new)} more servers"
+            doubt = ""
+            if (
+                fleet.step_seconds_low <= before.step_seconds_high
+                and before.step_seconds_low <= fleet.step_seconds_high
+            ):
+                doubt = f" Steps of {before.servers} and {fleet.servers} overlap: more of them (--steps) say it surer."
             found.append(
                 f"{fleet.servers} servers: {what} adds {fleet.adds:.2f} of a server; together they do "
-                f"{fleet.speed_up:.2f} times the work of one."
+                f"{fleet.speed_up:.2f} times the work of one.{doubt}"
             )
         idle = [server.url for server in fleet.per_server if not server.prompts]
         if idle:
