@@ -98,7 +98,7 @@ class Pull:
 
     def _piece(self, backend: Backend) -> list[int]:
         free, weight = self._room(backend), self._want.weight
-        if free < weight and (backend.load or weight > backend.max_num_seqs):
+        if free < weight and backend.load:
             return []
         share = self.schedule.share(backend.name)
         whole = not self._out.get(backend.name) and 0 < share * weight <= free

@@ -73,7 +73,9 @@ def room(queue: Queue | None, *, max_num_seqs: int, load: int, occupancy: float 
             ([`Pace.occupancy`]). `None` for one that will.
     """
     if queue is not None:
-        return int(SURPLUS * max(queue.running, PIECE)) - queue.waiting - queue.changed
+        # One where some wait runs as many as it can, be it fewer than its limit: its memory may not hold more.
+        runs = queue.running if queue.waiting else max_num_seqs
+        return int(runs * (1 + SURPLUS)) - queue.running - queue.waiting - queue.changed
     return int(max_num_seqs * (1 + SURPLUS) / (occupancy or 1.0)) - load
 
 
@@ -165,12 +167,13 @@ class Schedule:
 
     def _richest(self, mine: int) -> tuple[str, int]:
         """Who has most left, and how many prompts of it may be taken by somebody who has `mine` out: they are even
-        then. Of those who are slow, or gone, all."""
+        then. Of those who are slow, gone, or doing nothing, all."""
         found, spare = "", 0
         for name, queue in self._queues.items():
             most = len(queue)
-            if not self._slow.get(name, True):
-                most = min(most, (most + self.load(name) // self._weight - mine + 1) // 2)
+            load = self.load(name)
+            if load and not self._slow.get(name, True):
+                most = min(most, (most + load // self._weight - mine + 1) // 2)
             if most > spare:
                 found, spare = name, most
         return found, spare
