@@ -165,7 +165,9 @@ class _Connection(asyncio.Protocol):
             pieces = [self._answers.facts[path]]
         else:
             status = "404 Not Found"
-        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {sum(map(len, pieces))}\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {sum(map(len, pieces))}\r\n\r\n"
+        )
         self._transport.write(b"".join([head.encode(), *pieces]))
 
 

@@ -105,7 +105,9 @@ def _measure(
     many = cpu["many"] / cpu["one"]
     notes = [f"{_MANY} servers cost {many.text()} × one server's CPU time (target: 1.2 at most)."]
     if stock:
-        notes.insert(0, "Targets against TRL's client, with one server: CPU time 0.5 at most, peak memory 1.0 at most.")
+        notes.insert(
+            0, "Targets against TRL's client, with one server: CPU time 0.5 at most, peak memory 1.0 at most."
+        )
         same = len({one["digest"] for one in first.values()}) == 1
         notes.append("All were answered the same, to the last digit." if same else "THE ANSWERS DIFFER.")
     else:

@@ -47,7 +47,7 @@ def _client(name: str, urls: str) -> Any:
     try:
         from trl.generation.vllm_client import VLLMClient
     except ImportError:
-        VLLMClient = None  # noqa: N806 - the pool can be measured without it
+        VLLMClient = None  # the pool can be measured without it
     from trl_pool import VLLMClientPool
 
     return VLLMClientPool(urls, connection_timeout=30) if name == "pool" else VLLMClient(urls, connection_timeout=30)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .answers import GenerateAnswer, ScoreAnswer, expect, merge_generated, slices
 from .base import Dialect, Endpoint, Job
+from .logprobs import at_a_stretch
 
 
 class _Generated(msgspec.Struct):
@@ -62,10 +63,10 @@ _NULLS = dict.fromkeys(
 """A server sends the fields of the format that was not asked for as null."""
 
 
-_decode_generated = msgspec.json.Decoder(_Generated).decode
-_decode_raw_generated = msgspec.json.Decoder(_RawGenerated).decode
-_decode_scored = msgspec.json.Decoder(_Scored).decode
-_decode_raw_scored = msgspec.json.Decoder(_RawScored).decode
+_decode_generated: Callable[[bytes], Any] = msgspec.json.Decoder(_Generated).decode
+_decode_raw_generated: Callable[[bytes], Any] = msgspec.json.Decoder(_RawGenerated).decode
+_decode_scored: Callable[[bytes], Any] = msgspec.json.Decoder(_Scored).decode
+_decode_raw_scored: Callable[[bytes], Any] = msgspec.json.Decoder(_RawScored).decode
 _decode_binary = msgspec.json.Decoder(_ScoredBinary).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -105,7 +106,8 @@ class TrlDialect(Dialect):
             return self._decode_generated(job, indices, body)
         if job.fields["response_format"] == "binary":
             return self._decode_binary(job, indices, body)
-        scored: _Scored | _RawScored = (_decode_raw_scored if job.raw else _decode_scored)(body)
+        decode = _decode_raw_scored if job.raw else _decode_scored
+        scored: _Scored | _RawScored = at_a_stretch(decode, body)
         expect("logprobs", len(scored.logprobs), len(indices))
         expect("logprob_token_ids", len(scored.logprob_token_ids), len(indices))
         if isinstance(scored, _Scored):
@@ -125,7 +127,8 @@ class TrlDialect(Dialect):
         return {**_NULLS, **lists} if job.raw else lists
 
     def _decode_generated(self, job: Job, indices: Sequence[int], body: bytes) -> list[Any]:
-        answer: _Generated | _RawGenerated = (_decode_raw_generated if job.raw else _decode_generated)(body)
+        decode = _decode_raw_generated if job.raw else _decode_generated
+        answer: _Generated | _RawGenerated = at_a_stretch(decode, body)
         n = job.n
         sequences = len(indices) * n
         expect("prompt_ids", len(answer.prompt_ids), len(indices))
@@ -202,7 +205,7 @@ _COLUMNS = ("logprobs", "logprob_token_ids", "actual_logprobs", "actual_token_id
 def _unpack(answers: Sequence[ScoreAnswer]) -> dict[str, Any]:
     """Binary answers as the nested lists that TRL's client returns."""
     return {
-        column: [getattr(answer, column).tolist() for answer in answers]
+        column: at_a_stretch(list, map(np.ndarray.tolist, [getattr(answer, column) for answer in answers]))
         for column in _COLUMNS
         if column in _COLUMNS[:2] or (answers and all(getattr(a, column) is not None for a in answers))
     }

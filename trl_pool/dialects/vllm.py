@@ -12,6 +12,7 @@ import msgspec
 
 from .answers import GenerateAnswer, ScoreAnswer, expect, merge_generated, slices
 from .base import Dialect, Endpoint, Job
+from .logprobs import CompletionLogprobs, at_a_stretch, rank, ranked
 
 FINAL_ONLY = 2
 """vLLM's `RequestOutputKind` under which all n completions come back. (Left alone, `/inference/v1/generate` answers
@@ -22,20 +23,12 @@ _PREFIX = len("token_id:")
 _SAMPLING = ("n", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs")
 
 
-class _Logprobs(msgspec.Struct):
-    """Of a completion: parallel lists."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float | None] | None] | None = None
-
-
-class _Top(msgspec.Struct):
+class _Top(msgspec.Struct, gc=False):
     token: str
     logprob: float | None
 
 
-class _Position(msgspec.Struct):
+class _Position(msgspec.Struct, gc=False):
     token: str
     logprob: float | None
     top_logprobs: list[_Top] = []
@@ -50,8 +43,8 @@ class _ChatLogprobs(msgspec.Struct):
 class _Choice(msgspec.Struct):
     index: int
     token_ids: list[int]
-    prompt_token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
+    prompt_token_ids: msgspec.Raw = msgspec.Raw(b"null")  # the same with each of a prompt's completions
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -87,6 +80,7 @@ class _Scored(msgspec.Struct):
 
 _decode_completion = msgspec.json.Decoder(_Completion).decode
 _decode_chat = msgspec.json.Decoder(_Chat).decode
+_decode_ids = msgspec.json.Decoder(list[int] | None).decode
 _decode_scored = msgspec.json.Decoder(_Scored).decode
 _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.Encoder().encode
@@ -164,7 +158,7 @@ class VllmDialect(Dialect):
             return [features]
         n = job.n
         if self.units_per_request(job) == 1:
-            chat = _decode_chat(body)
+            chat = at_a_stretch(_decode_chat, body)
             expect("choices", len(chat.choices), n)
             _require_whole(chat.choices)
             choices = sorted(chat.choices, key=lambda choice: choice.index)
@@ -185,13 +179,14 @@ class VllmDialect(Dialect):
         expect("choices", len(answer.choices), n * len(indices))
         _require_whole(answer.choices)
         flat = sorted(answer.choices, key=lambda choice: choice.index)
-        with_logprobs = all(choice.logprobs is not None for choice in flat)
-        parsed = [_of_lists(choice.logprobs) for choice in flat if choice.logprobs is not None]
-        logprobs = [logprobs for logprobs, _ in parsed] if with_logprobs else None
-        token_ids = [ids for _, ids in parsed] if with_logprobs else None
+        logprobs: list[Any] | None = None
+        token_ids: list[Any] | None = None
+        completions = [(choice.token_ids, choice.logprobs) for choice in flat if choice.logprobs is not None]
+        if len(completions) == len(flat):
+            logprobs, token_ids = ranked(completions)
         found = []
         for k, index in enumerate(indices):
-            given = flat[k * n].prompt_token_ids
+            given = _decode_ids(flat[k * n].prompt_token_ids)
             if given is None:
                 raise ValueError("a choice has no prompt_token_ids; vLLM 0.11 or later is needed")
             if isinstance(job.units[index], list) and job.units[index] != given and not _truncates(job):
@@ -220,7 +215,7 @@ class VllmDialect(Dialect):
         return {column: [getattr(answer, column) for answer in answers] for column in ScoreAnswer._fields}
 
     def _decode_scored(self, job: Job, indices: Sequence[int], body: bytes) -> list[Any]:
-        answer = _decode_scored(body)
+        answer = at_a_stretch(_decode_scored, body)
         expect("choices", len(answer.choices), len(indices))
         top = job.fields["top_logprobs"]
         choices = sorted(answer.choices, key=lambda choice: choice.index)
@@ -278,30 +273,16 @@ def _truncates(job: Job) -> bool:
     return "truncate_prompt_tokens" in job.fields["generation_kwargs"]
 
 
-def _descending(pair: tuple[str, float | None]) -> float:
-    return math.inf if pair[1] is None else -pair[1]
-
-
-def _ranked(token: str, logprob: float | None, top: Mapping[str, float | None] | None) -> tuple[list[Any], list[int]]:
-    """Logprobs and token ids of one position, by falling probability; the sampled token is always among them."""
-    if not top or (len(top) == 1 and token in top):
-        return [logprob], [int(token[_PREFIX:])]
-    pairs = sorted({token: logprob, **top}.items(), key=_descending)
-    return [value for _, value in pairs], [int(name[_PREFIX:]) for name, _ in pairs]
-
-
-def _of_lists(logprobs: _Logprobs) -> tuple[list[Any], list[Any]]:
-    tops: Sequence[Mapping[str, float | None] | None] = logprobs.top_logprobs or [None] * len(logprobs.tokens)
-    pairs = list(map(_ranked, logprobs.tokens, logprobs.token_logprobs, tops))
-    return [values for values, _ in pairs], [ids for _, ids in pairs]
-
-
 def _of_positions(logprobs: _ChatLogprobs) -> tuple[list[Any], list[Any]]:
-    pairs = [
-        _ranked(entry.token, entry.logprob, {top.token: top.logprob for top in entry.top_logprobs})
+    positions = [
+        rank(
+            int(entry.token[_PREFIX:]),
+            entry.logprob,
+            {int(top.token[_PREFIX:]): top.logprob for top in entry.top_logprobs},
+        )
         for entry in logprobs.content or ()
     ]
-    return [values for values, _ in pairs], [ids for _, ids in pairs]
+    return [[value for _, value in p] for p in positions], [[token for token, _ in p] for p in positions]
 
 
 def _score(position: Mapping[str, _PromptLogprob], token: int, top: int) -> tuple[list[float], list[int], float]:
