@@ -34,12 +34,13 @@ _PREFIX_LENGTH = len(_QUOTED_PREFIX) - 1
 
 
 def at_a_stretch(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls a function implemented in C, with no garbage collection in the middle of it.
+    """Calls a function with no garbage collection in the middle of it.
 
-    That is how Python 3.12 and later call every such function: there the collector runs between instructions only.
-    Before, it ran whenever 700 objects had been made, and went through all new ones again and again. Since a function
-    in C keeps the interpreter's lock, no other thread runs while the collector is off, and where it was off before it
-    stays off.
+    Python 3.12 and later call every function implemented in C that way: there the collector runs between instructions
+    only. Before, it ran whenever 700 objects had been made, and went through all young ones again and again.
+
+    The collector is the whole process's. So this is for functions in C, which keep the interpreter's lock, or that take
+    a millisecond: hardly any other thread can run while it is off. Where it was off before it stays off.
     """
     if not (_COLLECTS_INSIDE_CALLS and gc.isenabled()):
         return function(*args, **kwargs)
@@ -91,7 +92,7 @@ def ranked(
     Raises:
         `ValueError`: when they do not belong together, or name tokens otherwise than by `token_id:`.
     """
-    flats = [_flat(token_ids, logprobs) for token_ids, logprobs in completions]
+    flats = [at_a_stretch(_flat, token_ids, logprobs) for token_ids, logprobs in completions]
     values = at_a_stretch(list, map(list, [flat.positions(flat.values) for flat in flats]))
     ids = at_a_stretch(list, map(list, [flat.positions(flat.ids) for flat in flats]))
     return values, ids
@@ -120,7 +121,7 @@ def _flat(token_ids: Sequence[int], logprobs: CompletionLogprobs) -> _Flat:
 def _tops(raw: msgspec.Raw) -> list[Top | None] | None:
     text = bytes(raw)
     bare = text.replace(_QUOTED_PREFIX, b'"')
-    tops: list[Top | None] | None = at_a_stretch(_decode_tops, bare)
+    tops: list[Top | None] | None = _decode_tops(bare)
     _require_prefixes(text, bare, sum(map(len, filter(None, tops or ()))))
     return tops
 
