@@ -86,6 +86,12 @@ def test_logprobs_of_any_answer_are_those_of_trls_client(
     assert exact(ids) == exact([token for _, token in expected])
 
 
+def test_a_null_among_the_most_probable_stays_a_null() -> None:
+    completion = whole()
+    completion["logprobs"]["top_logprobs"][1] = {"token_id:6": None, "token_id:9": -3.0}
+    assert ranked([read(completion)]) == ([[[-0.5, -1.0], [-3.0, None]]], [[[8, 5], [9, 6]]])
+
+
 @given(found=completions(VALUES).filter(lambda completion: completion["token_ids"]))
 def test_the_whole_answer_of_a_server_is_decoded_to_the_lists_of_trls_client(found: dict[str, Any]) -> None:
     fields = {"n": 1, "logprobs": 0, "generation_kwargs": {}}

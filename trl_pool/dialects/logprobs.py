@@ -39,8 +39,8 @@ def at_a_stretch(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
     Python 3.12 and later call every function implemented in C that way: there the collector runs between instructions
     only. Before, it ran whenever 700 objects had been made, and went through all young ones again and again.
 
-    The collector is the whole process's. So this is for functions in C, which keep the interpreter's lock, or that take
-    a millisecond: hardly any other thread can run while it is off. Where it was off before it stays off.
+    The collector is the whole process's. So this is for functions in C, which keep the interpreter's lock, or that
+    take a millisecond: hardly any other thread can run while it is off. Where it was off before it stays off.
     """
     if not (_COLLECTS_INSIDE_CALLS and gc.isenabled()):
         return function(*args, **kwargs)
@@ -113,8 +113,10 @@ def _flat(token_ids: Sequence[int], logprobs: CompletionLogprobs) -> _Flat:
         return _Flat(list(chain.from_iterable(map(dict.values, found))), ids, None)
     # vLLM names the sampled token first, wherever it ranks, and then the most probable ones.
     if list(map(next, map(iter, found))) == tokens:
-        with contextlib.suppress(TypeError, OverflowError):  # null, or an id beyond 64 bits
-            return _sorted(found, lengths, ids)
+        with contextlib.suppress(OverflowError):  # an id beyond 64 bits
+            flat = _sorted(found, lengths, ids)
+            if flat is not None:
+                return flat
     return _position_by_position(tokens, values, found)
 
 
@@ -139,10 +141,13 @@ def _require_prefixes(text: bytes, bare: bytes, count: int) -> None:
         raise ValueError("tokens of logprobs are no token ids, or not as many as there are tokens")
 
 
-def _sorted(tops: Sequence[Top], lengths: Sequence[int], ids: Sequence[int]) -> _Flat:
-    """Every position sorted, all positions at once: a row each, filled up with what sorts last."""
+def _sorted(tops: Sequence[Top], lengths: Sequence[int], ids: Sequence[int]) -> _Flat | None:
+    """Every position sorted, all positions at once: a row each, filled up with what sorts last. `None` if there is a
+    null among the logprobs."""
     count = len(ids)
     values = np.fromiter(chain.from_iterable(map(dict.values, tops)), np.float64, count)
+    if np.isnan(values).any():  # JSON has no NaN: numpy reads a null as one
+        return None
     filled = np.arange(max(lengths)) < np.array(lengths)[:, None]
     falling = np.full(filled.shape, np.inf)
     falling[filled] = -values
