@@ -23,7 +23,7 @@ from .fleet import CLOSE_SECONDS, DEFAULT_HOST, DEFAULT_PORT, PoolStatistics, de
 from .lifetime import Lifetime
 from .pool import DEFAULT_GROUP_PORT, AsyncVLLMClientPool
 from .rollout import RolloutReport
-from .training import UpdateFeed, caller, described, tries
+from .training import UpdateFeed, caller, described, parameters_of, tries
 from .weights.transport import JointTransport, WeightTransport
 
 logger = logging.getLogger(__name__)
@@ -330,11 +330,20 @@ class VLLMClientPool:
         self, metadata: Sequence[tuple[str, str, Sequence[int]]], named_params: Iterable[tuple[str, Any]]
     ) -> None:
         """See [`AsyncVLLMClientPool.update_named_params`]."""
+        self._send_all(metadata, named_params)
+
+    def _send_all(
+        self,
+        metadata: Sequence[tuple[str, str, Sequence[int]]],
+        named_params: Iterable[tuple[str, Any]],
+        *,
+        publish: bool = True,
+    ) -> None:
         feed: UpdateFeed | None = None
         failure: Exception | None = self._deferred
         if failure is None:
             try:
-                feed = self._call(self._pool.open_feed, metadata)
+                feed = self._call(self._pool.open_feed, metadata, publish=publish)
             except Exception as error:
                 failure = error
         try:
@@ -367,14 +376,13 @@ class VLLMClientPool:
 
     def update_model_params(self, model: Any) -> None:
         """See [`AsyncVLLMClientPool.update_model_params`]."""
-        if not self._call(self._one_group):
-            for name, parameter in model.named_parameters():
-                self.update_named_param(name, parameter.data)
-            return
         metadata = described(model)
+        if not self._call(self._one_group):
+            self._send_all(metadata, parameters_of(model), publish=False)
+            return
         for left in tries(self._pool.config.sync_retries):
             try:
-                self.update_named_params(metadata, ((n, p.data) for n, p in model.named_parameters()))
+                self.update_named_params(metadata, parameters_of(model))
                 return
             except WeightSyncError as error:
                 if not left:

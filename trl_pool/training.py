@@ -23,6 +23,7 @@ from .exchange import judge
 from .grouping import GroupedFleet
 from .identity import Identity
 from .lifetime import guarded
+from .weights.ahead import Run
 from .weights.coordinator import require_all
 from .weights.stream import TensorStream
 
@@ -45,11 +46,16 @@ class UpdateFeed:
     Args:
         fleet ([`TrainedFleet`]): Whose update.
         stream ([`TensorStream`], *optional*): Where tensors go that were all announced at once (`vllm` dialect);
-            its `put` blocks and belongs on the thread that reads the tensors. Without it each is announced by itself.
+            its `put` blocks and belongs on the thread that reads the tensors.
+        run ([`Run`], *optional*): Tensors that are announced a few at a time, ahead of their turn (`trl` dialect).
+        publish (`bool`, *optional*, defaults to `True`): Whether `close` ends the update, where there is no
+            `weight_update` around it.
     """
 
-    def __init__(self, fleet: TrainedFleet, stream: TensorStream | None) -> None:
-        self._fleet, self.stream = fleet, stream
+    def __init__(
+        self, fleet: TrainedFleet, stream: TensorStream | None = None, run: Run | None = None, *, publish: bool = True
+    ) -> None:
+        self._fleet, self.stream, self._run, self._publish = fleet, stream, run, publish
 
     async def put(self, name: str, tensor: Any) -> None:
         """Takes one tensor.
@@ -60,6 +66,8 @@ class UpdateFeed:
         """
         if self.stream is not None:
             await anyio.to_thread.run_sync(self.stream.put, name, tensor)
+        elif self._run is not None:
+            await self._fleet.separate.send(self._run, name, tensor)
         else:
             await self._fleet.announce(name, tensor)
 
@@ -73,7 +81,7 @@ class UpdateFeed:
         try:
             if self.stream is not None:
                 await anyio.to_thread.run_sync(self.stream.end)
-            await self._fleet.end_feed(self.stream)
+            await self._fleet.end_feed(self.stream, self._run, publish=self._publish)
         except BaseException as error:
             await self.abort(f"{type(error).__name__} at its end")
             raise
@@ -179,12 +187,16 @@ class TrainedFleet(GroupedFleet):
 
     async def announce(self, name: str, weights: Any) -> None:
         """Sends one parameter to every server of a `trl` fleet."""
-        if not self._weights.updating and self._weights.group:
-            await self._weights.somebody()
-            await self._take_back()
+        await self._gather_separate()
         dtype, shape = str(weights.dtype), [int(size) for size in weights.shape]
         body = msgspec.json.encode({"name": name, "dtype": dtype, "shape": shape})
         await self.separate.announce(name, body, tensor=weights, owner=_me())
+
+    async def _gather_separate(self) -> None:
+        """Takes in, before an update of a `trl` fleet begins, who is there again."""
+        if not self._weights.updating and self._weights.group:
+            await self._weights.somebody()
+            await self._take_back()
 
     async def update_named_params(
         self, metadata: Sequence[tuple[str, str, Sequence[int]]], named_params: Iterable[tuple[str, Any]]
@@ -201,10 +213,19 @@ class TrainedFleet(GroupedFleet):
             [`WeightSyncError`]: at the end, when too few servers got all of them.
             `ValueError`: when the parameters are not those of `metadata`.
         """
+        await self._send_all(metadata, named_params)
+
+    async def _send_all(
+        self,
+        metadata: Sequence[tuple[str, str, Sequence[int]]],
+        named_params: Iterable[tuple[str, Any]],
+        *,
+        publish: bool = True,
+    ) -> None:
         feed: UpdateFeed | None = None
         failure: Exception | None = None
         try:
-            feed = await self.open_feed(metadata)
+            feed = await self.open_feed(metadata, publish=publish)
         except Exception as error:
             failure = error
         try:
@@ -228,7 +249,8 @@ class TrainedFleet(GroupedFleet):
 
     async def update_model_params(self, model: Any) -> None:
         """Sends every parameter of a model. On `vllm serve` an update that failed is repeated over the servers that
-        are left, up to `config.sync_retries` times.
+        are left, up to `config.sync_retries` times. On `trl` servers those that fail drop out, and the update goes on
+        until [`~TrainedFleet.reset_prefix_cache`] or the next generation ends it.
 
         Args:
             model (`torch.nn.Module`): The model.
@@ -236,15 +258,13 @@ class TrainedFleet(GroupedFleet):
         Raises:
             [`WeightSyncError`]: when the last try failed, too.
         """
-        if not self.one_group:
-            for name, parameter in model.named_parameters():
-                await self.update_named_param(name, parameter.data)
-            return
         metadata = described(model)
+        if not self.one_group:
+            await self._send_all(metadata, parameters_of(model), publish=False)
+            return
         for left in tries(self.config.sync_retries):
             try:
-                named = ((name, parameter.data) for name, parameter in model.named_parameters())
-                await self.update_named_params(metadata, named)
+                await self.update_named_params(metadata, parameters_of(model))
                 return
             except WeightSyncError as error:
                 if not left:
@@ -287,28 +307,40 @@ class TrainedFleet(GroupedFleet):
             await self.separate.reset_caches()
 
     @guarded
-    async def open_feed(self, metadata: Sequence[tuple[str, str, Sequence[int]]]) -> UpdateFeed:
+    async def open_feed(
+        self, metadata: Sequence[tuple[str, str, Sequence[int]]], *, publish: bool = True
+    ) -> UpdateFeed:
         """Begins to send parameters; see [`~TrainedFleet.update_named_params`].
+
+        Args:
+            metadata (`list[tuple[str, str, list[int]]]`): `(name, dtype, shape)` per parameter, in order.
+            publish (`bool`, *optional*, defaults to `True`): Whether the end of the feed ends the update on `trl`
+                servers, too.
 
         Raises:
             [`WeightSyncError`]: when there is nobody to send them to.
         """
         if not self.one_group:
-            return UpdateFeed(self, None)
+            if not metadata:  # nothing is known beforehand
+                return UpdateFeed(self, publish=publish)
+            await self._gather_separate()
+            return UpdateFeed(self, run=await self.separate.open_run(metadata, owner=_me()), publish=publish)
         if self._in_block is None:
             await self.joint.start(_me())
         try:
-            return UpdateFeed(self, await self.joint.open_stream(metadata))
+            return UpdateFeed(self, stream=await self.joint.open_stream(metadata))
         except BaseException as error:
             await self._abandon(f"{type(error).__name__} at its announcement")
             raise
 
     @guarded
-    async def end_feed(self, stream: TensorStream | None) -> None:
+    async def end_feed(self, stream: TensorStream | None, run: Run | None, *, publish: bool) -> None:
         """Ends what `open_feed` began."""
         if stream is not None:
             await self.joint.close_stream(stream)
-        if self._in_block is not None:
+        elif run is not None:
+            await self.separate.end_run(run)
+        if self._in_block is not None or not publish:
             return
         if stream is not None:
             await self.joint.finish()
@@ -326,7 +358,7 @@ class TrainedFleet(GroupedFleet):
         if self.one_group:
             await self.joint.abort(why)
         else:
-            self._weights.abandon(why)
+            await self.separate.abandon(why)
 
     @guarded
     async def reset_prefix_cache(self) -> None:
@@ -378,4 +410,13 @@ def described(model: Any) -> list[tuple[str, str, list[int]]]:
     Args:
         model (`torch.nn.Module`): The model.
     """
-    return [_described(name, parameter) for name, parameter in model.named_parameters()]
+    return [_described(name, tensor) for name, tensor in parameters_of(model)]
+
+
+def parameters_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """`(name, tensor)` of every parameter of a model.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+    """
+    return ((name, parameter.data) for name, parameter in model.named_parameters())

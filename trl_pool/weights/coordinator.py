@@ -24,6 +24,7 @@ from ..leases import Lane
 
 logger = logging.getLogger(__name__)
 
+RESTARTED = "it was restarted during the update"
 _LAST_MESSAGE_FAILED = "False"
 """`/reset_prefix_cache/` answers 200 whatever happened; a failure shows only at the end of its message."""
 
@@ -38,6 +39,10 @@ class Update:
     owner: object
     names: set[str] = field(default_factory=set)
     dropped: dict[str, ControlResult] = field(default_factory=dict)
+
+    def restarted(self) -> list[str]:
+        """Members whose process is not the one that it was at the beginning."""
+        return [name for name, backend in self.members.items() if backend.incarnation != self.incarnations[name]]
 
 
 class WeightCoordinator:
@@ -333,12 +338,8 @@ class WeightCoordinator:
 
     def drop_restarted(self, update: Update) -> None:
         """A server that was gone meanwhile has lost what it was sent."""
-        gone = {
-            name: ControlResult(backend.url, False, "it was restarted during the update")
-            for name, backend in update.members.items()
-            if backend.incarnation != update.incarnations[name]
-        }
-        self.drop(update, gone)
+        gone = update.restarted()
+        self.drop(update, {name: ControlResult(update.members[name].url, False, RESTARTED) for name in gone})
 
     def drop(self, update: Update, results: Mapping[str, ControlResult]) -> None:
         """Leaves out of an update whoever failed in it.

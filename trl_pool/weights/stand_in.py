@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 VARIABLE: Final = "TRL_POOL_CPU_STAND_IN"
 
-_TIMEOUT_SECONDS: Final = 120.0
+_TIMEOUT_SECONDS: Final = 600.0
+"""As the pool's `update_idle_timeout`: a worker may be told of a tensor before the trainer has it."""
 
 
 class StandInCommunicator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .stream import BufferPacker
 
@@ -64,6 +64,20 @@ class WeightTransport(Protocol):
         """Leaves all groups."""
 
 
+@runtime_checkable
+class AheadTransport(WeightTransport, Protocol):
+    """A transport that can make up for a tensor that was announced and does not come. With any other one a tensor is
+    announced when it is there."""
+
+    def fill(self, dtype: str, shape: Sequence[int], backends: Sequence[str]) -> None:
+        """Sends a tensor of no meaning to the groups of these backends: their workers wait for one of this dtype
+        (`"bfloat16"`) and shape. Whoever gets it holds no weights that may be used."""
+
+    def give_up(self, backends: Sequence[str]) -> None:
+        """Leaves the groups of these backends, with whom nothing works any more; safe, and of effect, while another
+        thread is in a broadcast."""
+
+
 class JointGroup(Protocol):
     """The trainer's end of one update group over all servers; it is rank 0. Its methods block."""
 
@@ -107,6 +121,12 @@ class ControlOnlyTransport:
 
     def broadcast(self, tensor: Any, backends: Sequence[str]) -> None:
         """Nothing to send."""
+
+    def fill(self, dtype: str, shape: Sequence[int], backends: Sequence[str]) -> None:
+        """Nothing to send either."""
+
+    def give_up(self, backends: Sequence[str]) -> None:
+        """Nothing to leave."""
 
     def close(self) -> None:
         """Nothing to leave."""

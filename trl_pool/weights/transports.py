@@ -6,13 +6,12 @@ torch is imported here and below, and only when tensors have to move.
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from .packing import Packer
 from .transport import GroupMember, JointGroup, TransportError
+from .worker import Lane
 
 JOIN_SECONDS = 60.0
 """Longest wait for a server's worker to come to the rendezvous of its own group."""
@@ -83,6 +82,8 @@ class SeparateTransport:
     def __init__(self, backend: str, *, timeout: float) -> None:
         self._backend, self._timeout = backend, timeout
         self._groups: dict[str, tuple[Any, int]] = {}
+        self._lanes: dict[str, Lane] = {}
+        self._device: Any = None
 
     def device_uuid(self, device: Any) -> str:
         if self._backend == "gloo":
@@ -93,6 +94,8 @@ class SeparateTransport:
 
     def open(self, members: Sequence[GroupMember], device: Any) -> None:
         self._leave(member.backend for member in members)
+        if self._backend == "nccl":
+            self._device = _cuda(device)
 
         def join(member: GroupMember) -> None:
             arguments = (member.host, member.port, member.rank, member.world_size)
@@ -104,7 +107,7 @@ class SeparateTransport:
             else:
                 from .nccl import open_group
 
-                group = open_group(*arguments, device=_cuda(device), timeout=min(self._timeout, JOIN_SECONDS))
+                group = open_group(*arguments, device=self._device, timeout=min(self._timeout, JOIN_SECONDS))
             self._groups[member.backend] = (group, member.rank)
 
         self._everywhere({member.backend: _call(join, member) for member in members})
@@ -120,18 +123,33 @@ class SeparateTransport:
 
         self._everywhere({name: _call(send, name) for name in backends})
 
+    def fill(self, dtype: str, shape: Sequence[int], backends: Sequence[str]) -> None:
+        import torch
+
+        device = "cpu" if self._backend == "gloo" else self._device
+        self.broadcast(torch.zeros(list(shape), dtype=getattr(torch, dtype), device=device), backends)
+
+    def give_up(self, backends: Sequence[str]) -> None:
+        for name in backends:
+            group, _ = self._groups.get(name, (None, 0))
+            if group is not None:
+                group.abort()
+
     def close(self) -> None:
         self._leave(list(self._groups))
 
     def _leave(self, names: Iterable[str]) -> None:
         for name in names:
             group, _ = self._groups.pop(name, (None, 0))
+            lane = self._lanes.pop(name, None)
+            if lane is not None:
+                lane.close()
             if group is not None:
                 group.close()
 
     def _everywhere(self, calls: dict[str, Callable[[], None]]) -> None:
         """All at once; what fails for some is told for those."""
-        futures = {name: _in_daemon(call) for name, call in calls.items()}
+        futures = {name: self._lanes.setdefault(name, Lane(name)).submit(call) for name, call in calls.items()}
         failed: dict[str, str] = {}
         for name, future in futures.items():
             try:
@@ -140,22 +158,6 @@ class SeparateTransport:
                 failed[name] = f"{type(error).__name__}: {error}"
         if failed:
             raise TransportError(failed)
-
-
-def _in_daemon(call: Callable[[], None]) -> Future[None]:
-    """Runs a call on a daemon thread of its own: one that hangs with a dead server holds nothing up."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=run, name="trl-pool-group", daemon=True).start()
-    return future
 
 
 def _call(function: Callable[[Any], None], argument: Any) -> Callable[[], None]:

@@ -15,10 +15,9 @@ T = TypeVar("T")
 _Call: TypeAlias = tuple[Future[Any], Callable[[], Any]]
 
 
-class DaemonWorker:
-    """Runs calls one after the other on a thread that keeps no process from ending.
-
-    Whoever gives one up (a time-out) makes another: this one ends with the call it is in.
+class Lane:
+    """Runs calls one after the other on a daemon thread of its own: one that hangs with a dead server holds up only
+    those behind it, and keeps no process from ending.
 
     Args:
         name (`str`): Of the thread.
@@ -29,14 +28,31 @@ class DaemonWorker:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of a blocking call. Cancelled, it stops waiting; the call goes on."""
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """A blocking call's result, some time. Given up before its turn (cancelled), it is not made."""
         future: Future[T] = Future()
-        self._calls.put((future, lambda: function(*args)))
+        self._calls.put((future, function))
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True)
             self._thread.start()
-        return await asyncio.wrap_future(future)
+        return future
+
+    def close(self) -> None:
+        """Lets the thread end after the calls it was given."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread = None
+
+
+class DaemonWorker(Lane):
+    """A [`Lane`] whose calls are awaited.
+
+    Whoever gives one up (a time-out) makes another: this one ends with the call it is in.
+    """
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of a blocking call. Cancelled, it stops waiting; the call goes on."""
+        return await asyncio.wrap_future(self.submit(lambda: function(*args)))
 
     async def run_last(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a blocking call, after which the thread ends."""
@@ -44,12 +60,6 @@ class DaemonWorker:
         await asyncio.sleep(0)  # it is in the queue now
         self.close()
         return await future
-
-    def close(self) -> None:
-        """Lets the thread end after the calls it was given."""
-        if self._thread is not None:
-            self._calls.put(None)
-            self._thread = None
 
 
 def _work(calls: queue.SimpleQueue[_Call | None]) -> None:
