@@ -1,8 +1,8 @@
-"""Servers for the weight benchmark that cost next to nothing: a web framework in each of eight would be what is measured.
+"""Servers for the weight benchmark that cost next to nothing: a web framework in each of eight would drown the rest.
 
 `python -m tests.benchmarks.weight_servers answer -n 8 --dialect trl` answers control calls after a while, all in one
-process. `… receive -n 8` takes tensors over gloo, in a process for each, as the worker of a `trl vllm-serve` does. Both
-print one line of JSON (urls, pids) and end with their standard input.
+process. `… receive -n 8` takes tensors over gloo, in a process for each, as the worker of a `trl vllm-serve` does.
+Both print one line of JSON (urls, pids) and end with their standard input.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,27 @@ class Nothing:
     dtype, shape = "torch.bfloat16", (256, 256)
 
 
+class Moving(ControlOnlyTransport):
+    """Moves nothing, and takes its time.
+
+    Args:
+        seconds (`float`): For a tensor.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def broadcast(self, tensor: Any, backends: Sequence[str]) -> None:
+        time.sleep(self._seconds)
+
+
 def run(options: argparse.Namespace) -> Report:
     """Measures."""
     counts = sorted(set(options.weights_servers))
     report = Report()
     report.data["options"] = {key: value for key, value in vars(options).items() if key.startswith("weights")}
     lines: dict[str, tuple[str, list[Spread]]] = {}
-    for part in (_control, _gloo):
+    for part in (_control, _ahead, _gloo):
         part(options, counts, report, lines)
     report.figures["weights"] = lambda figure: _draw(figure, counts, lines)
     return report
@@ -99,11 +114,11 @@ def _control(options: argparse.Namespace, counts: Sequence[int], report: Report,
             servers = stack.enter_context(Servers(*command))
             for n in counts:
                 pool = _pool(stack, servers.urls[:n], transport())
-                subjects[f"{dialect} {n}"] = lambda pool=pool: _update(pool, model)
+                subjects[f"{dialect} {n}"] = partial(_update, pool, model)
                 if dialect == "trl" and n in (counts[0], most):
-                    subjects[f"one by one {n}"] = lambda pool=pool: _one_by_one(pool, model)
+                    subjects[f"one by one {n}"] = partial(_one_by_one, pool, model)
             if dialect == "trl":
-                subjects["loop"] = lambda urls=servers.urls: _loop(urls, model, options.weights_loop_tensors)
+                subjects["loop"] = partial(_loop, servers.urls, model, options.weights_loop_tensors)
         results = interleave(subjects, options.rounds, warm_up=0, title="control calls")
     times = {name: Spread.of(column(results, name, "seconds")) for name in results}
     cpu = {name: Spread.of(column(results, name, "cpu")) for name in results}
@@ -153,6 +168,37 @@ def _loop(urls: Sequence[str], model: Model, tensors: int) -> Result:
         }
 
 
+# Announcements ahead
+
+
+def _ahead(options: argparse.Namespace, counts: Sequence[int], report: Report, lines: dict[str, Any]) -> None:
+    """Where moving a tensor takes as long as announcing it, one is done while the other is."""
+    most, tensors = counts[-1], max(1, options.weights_tensors // 4)
+    model = Model(tensors, Nothing())
+    with contextlib.ExitStack() as stack:
+        seconds = str(options.weights_answer_ms / 1000)
+        servers = stack.enter_context(Servers("answer", "-n", str(most), "--seconds", seconds))
+        pool = _pool(stack, servers.urls, Moving(options.weights_moving_ms / 1000))
+        subjects = {"ahead": partial(_update, pool, model), "one by one": partial(_one_by_one, pool, model)}
+        results = interleave(subjects, options.rounds, warm_up=0, title="announcements ahead")
+    times = {name: Spread.of(column(results, name, "seconds")) for name in results}
+    per_tensor = {name: Spread.of(1000 * s / tensors for s in spread.values) for name, spread in times.items()}
+    rows = (
+        ("`update_named_params`: names known beforehand", per_tensor["ahead"], times["ahead"] / times["one by one"]),
+        ("`update_named_param`, one after the other", per_tensor["one by one"], "1"),
+    )
+    report.tables.append(
+        Table(
+            f"Announcements ahead: `trl`, {most} servers, answers after {options.weights_answer_ms:g} ms, "
+            f"tensors that travel for {options.weights_moving_ms:g} ms",
+            ("", "ms per tensor", "ratio"),
+            rows,
+            (f"{tensors} tensors.",),
+        )
+    )
+    report.data["ahead"] = {"seconds": times, "tensors": tensors}
+
+
 # With tensors
 
 
@@ -178,9 +224,7 @@ def _gloo(options: argparse.Namespace, counts: Sequence[int], report: Report, li
             else:
                 sims = stack.enter_context(start_fleet(counts[-1], dialect="vllm", weight_transfer="gloo"))
                 urls, pids = sims.urls, [sim.pid or 0 for sim in sims]
-            subjects = {
-                f"{dialect} {n}": lambda n=n: _in_new_group(urls[:n], pids[:n], model, dialect) for n in counts
-            }
+            subjects = {f"{dialect} {n}": partial(_in_new_group, urls[:n], pids[:n], model) for n in counts}
             results |= interleave(subjects, options.rounds, title=f"gloo, {dialect}")
     figures = {
         key: {name: Spread.of(column(results, name, key)) for name in results}
@@ -204,8 +248,8 @@ def _gloo(options: argparse.Namespace, counts: Sequence[int], report: Report, li
     notes = [_against(f"`{dialect}`", figures["seconds"], dialect, counts, None) for dialect in dialects]
     notes.append(
         f"Trainer and servers share {os.cpu_count()} cores, so what the servers' side costs (a CPU time per server) "
-        "counts in the time as soon as there are more of them than cores. Sent is what the trainer writes itself: in "
-        "the one group of `vllm` servers they pass a broadcast on to each other, a `trl` server has a group of its own."
+        "counts in the time as soon as there are more of them than cores. Sent is what the trainer itself writes: the "
+        "`vllm` servers of one group pass a broadcast on to each other, a `trl` server has a group of its own."
     )
     head = ("dialect", "servers", "update, s", f"of {counts[0]}", "trainer's CPU, s", "CPU per server, s")
     report.tables.append(Table(title, (*head, "sent, MB", "passes"), rows, (*notes, *skipped)))
@@ -214,7 +258,7 @@ def _gloo(options: argparse.Namespace, counts: Sequence[int], report: Report, li
         lines[f"gloo, {dialect}"] = "--", [figures["seconds"][f"{dialect} {n}"] for n in counts]
 
 
-def _in_new_group(urls: Sequence[str], pids: Sequence[int], model: Model, dialect: str) -> Result:
+def _in_new_group(urls: Sequence[str], pids: Sequence[int], model: Model) -> Result:
     """An update whose group was made before the clock starts: servers that are in several at once would be odd."""
     with contextlib.ExitStack() as stack:
         pool = _pool(stack, urls, None)
