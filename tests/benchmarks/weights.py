@@ -36,13 +36,12 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     add("--weights-servers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of servers")
     add("--weights-tensors", type=int, default=400, metavar="N", help="tensors of the model (default: %(default)s)")
     add("--weights-mb", type=float, default=50.0, metavar="MB", help="its size with gloo (default: %(default)s)")
-    add(
-        "--weights-answer-ms", type=float, default=10.0, metavar="MS", help="control calls alone: time until an answer"
-    )
+    add("--weights-answer-ms", type=float, default=10.0, metavar="MS", help="time until the answer to a control call")
+    add("--weights-moving-ms", type=float, default=10.0, metavar="MS", help="time a tensor travels, where it does")
     add(
         "--weights-loop-tensors",
         type=int,
-        default=40,
+        default=20,
         metavar="N",
         help="tensors that the loop over servers is measured with; its time is scaled up (default: %(default)s)",
     )
@@ -115,7 +114,7 @@ def _control(options: argparse.Namespace, counts: Sequence[int], report: Report,
             for n in counts:
                 pool = _pool(stack, servers.urls[:n], transport())
                 subjects[f"{dialect} {n}"] = partial(_update, pool, model)
-                if dialect == "trl" and n in (counts[0], most):
+                if dialect == "trl" and n == most:
                     subjects[f"one by one {n}"] = partial(_one_by_one, pool, model)
             if dialect == "trl":
                 subjects["loop"] = partial(_loop, servers.urls, model, options.weights_loop_tensors)
@@ -126,7 +125,7 @@ def _control(options: argparse.Namespace, counts: Sequence[int], report: Report,
     for label, what in (("trl", "`trl`"), ("one by one", "`trl`, `update_named_param`"), ("vllm", "`vllm`")):
         for n in counts:
             if (name := f"{label} {n}") in times:
-                ratio = times[name] / times[f"{label} {counts[0]}"]
+                ratio = times[name] / times[f"{label.replace('one by one', 'trl')} {counts[0]}"]
                 rows.append((what, n, times[name], ratio, cpu[name]))
     rows.append((f"loop of a peer ({options.weights_loop_tensors} tensors, scaled)", most, times["loop"], "", ""))
     faster = times["loop"] / times[f"trl {most}"]
@@ -225,7 +224,7 @@ def _gloo(options: argparse.Namespace, counts: Sequence[int], report: Report, li
                 sims = stack.enter_context(start_fleet(counts[-1], dialect="vllm", weight_transfer="gloo"))
                 urls, pids = sims.urls, [sim.pid or 0 for sim in sims]
             subjects = {f"{dialect} {n}": partial(_in_new_group, urls[:n], pids[:n], model) for n in counts}
-            results |= interleave(subjects, options.rounds, title=f"gloo, {dialect}")
+            results |= interleave(subjects, options.rounds, warm_up=0, title=f"gloo, {dialect}")
     figures = {
         key: {name: Spread.of(column(results, name, key)) for name in results}
         for key in ("seconds", "cpu", "server_cpu", "sent", "walks")
