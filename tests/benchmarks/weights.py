@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -270,10 +272,29 @@ def _in_new_group(urls: Sequence[str], pids: Sequence[int], model: Model) -> Res
 def _pool(stack: contextlib.ExitStack, urls: Sequence[str], transport: Any) -> VLLMClientPool:
     config = PoolConfig(weight_transport="gloo" if transport is None else "auto")
     pool = stack.enter_context(
-        VLLMClientPool(urls, weight_transport=transport, config=config, connection_timeout=_CONNECT_SECONDS)
+        VLLMClientPool(
+            urls,
+            weight_transport=transport,
+            config=config,
+            connection_timeout=_CONNECT_SECONDS,
+            group_port=_free_ports(len(urls)),
+        )
     )
     pool.init_communicator("cpu")
     return pool
+
+
+def _free_ports(n: int) -> int:
+    """The first of n consecutive ports that nobody listens on, below those that systems give to clients."""
+    while True:
+        first = random.randrange(20000, 30000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + n):
+                    stack.enter_context(socket.create_server(("", port)))
+            except OSError:
+                continue
+            return first
 
 
 def _update(pool: VLLMClientPool, model: Model) -> Result:

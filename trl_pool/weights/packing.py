@@ -7,6 +7,7 @@ packed here: tensors follow each other without padding, a buffer is cut as soon 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
@@ -165,8 +166,13 @@ class Packer:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device or tensor.device)
             self._offset = 0
         # Flattened first: a scalar cannot be viewed as bytes.
-        flat = tensor.detach().reshape(-1).view(torch.uint8)
-        self._buffer[self._offset : self._offset + piece.nbytes].copy_(flat)
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        if flat.is_cpu and self._buffer.is_cpu:
+            # Torch would share even a small copy among its threads, and wait, spinning, for each of them: on a machine
+            # that is busy, and a training keeps it busy, that takes a time slice per tensor.
+            ctypes.memmove(self._buffer.data_ptr() + self._offset, flat.data_ptr(), piece.nbytes)
+        else:
+            self._buffer[self._offset : self._offset + piece.nbytes].copy_(flat)
         self._offset += piece.nbytes
         self._taken += 1
         return self._hand_over() if self._offset > self._buffer_size_bytes else None
