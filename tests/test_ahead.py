@@ -13,7 +13,7 @@ import httpx
 import pytest
 from conftest import Tensor, ask, eventually, received
 
-from trl_pool import NoBackendAvailableError, VLLMClientPool, WeightSyncError
+from trl_pool import NoBackendAvailableError, PoolClosedError, VLLMClientPool, WeightSyncError
 from trl_pool.sim import SimProcess
 from trl_pool.weights import GroupMember
 from trl_pool.weights.ahead import AHEAD
@@ -453,3 +453,21 @@ def test_a_server_that_is_removed_in_the_middle_of_a_run_costs_the_others_nothin
     assert versions(pool) == [1]
     assert [transport.tensors_of(sim.name) for sim in sims] == [TENSORS, 4]
     assert pool.generate(["Hi"])["completion_ids"] != fresh["completion_ids"]
+
+
+def test_a_pool_that_is_closed_in_the_middle_of_a_run_leaves_nobody_waiting(
+    make_pool: MakePool, background: Background
+) -> None:
+    servers, transport = Servers(), Recorded()
+    pool = mocked(make_pool, servers, transport)
+
+    def then(index: int) -> None:
+        if index == 3:
+            background(pool.close).result()
+
+    steps = walk(then)
+    with pytest.raises(PoolClosedError):
+        pool.update_named_params(METADATA, steps)
+    assert list(steps) == []
+    for i in range(3):
+        assert len(servers.told[f"n{i}"]) == 3 + transport.fills_of(f"n{i}:8000")

@@ -98,7 +98,13 @@ def test_table_of_dtypes_is_torchs() -> None:
 
 
 def test_scalars_and_views_are_packed() -> None:
-    tensors = [("scalar", torch.tensor(3.5)), ("transposed", torch.arange(6.0).view(2, 3).T), ("none", torch.ones(0))]
+    tensors = [
+        ("scalar", torch.tensor(3.5)),
+        ("transposed", torch.arange(6.0).view(2, 3).T),
+        ("every other", torch.arange(6.0)[::2]),
+        ("part of a row", torch.arange(6.0)[1:4]),
+        ("none", torch.ones(0)),
+    ]
     (buffer,) = pack(tensors, 100)
     assert same(unpack(buffer, chunks(metadata(tensors), 100)[0]), tensors)
 
