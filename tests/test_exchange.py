@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import gzip
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,11 +13,12 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pytest_httpx import HTTPXMock
 
 from trl_pool import PoolConfig
 from trl_pool.addresses import BackendAddress
 from trl_pool.errors import AttemptError, Outcome, RequestRejectedError
-from trl_pool.exchange import OUTCOMES, Answer, Exchange, judge, parse_retry_after, translate
+from trl_pool.exchange import CONTROL_IDLE_SECONDS, OUTCOMES, Answer, Exchange, judge, parse_retry_after, translate
 
 URL = "http://n1:8000"
 UNREACHED, LOST, TIMED_OUT, BAD_ANSWER = Outcome.UNREACHED, Outcome.LOST, Outcome.TIMED_OUT, Outcome.BAD_ANSWER
@@ -620,6 +622,102 @@ def test_once_never_sends_a_second_time() -> None:
         async with Server([None], [OK]) as server, exchange_to(server) as exchange:
             assert await outcome_of(exchange.once("POST", "/x", b"{}", timeout=5.0)) is LOST
             assert server.requests == [0]
+
+    asyncio.run(go())
+
+
+def test_control_calls_in_a_row_share_a_connection() -> None:
+    async def go() -> None:
+        async with Server([OK, OK, OK]) as server, exchange_to(server) as exchange:
+            for _ in range(3):
+                assert await outcome_of(exchange.control("/x", b"{}", timeout=5.0)) is Outcome.OK
+            assert server.requests == [0, 0, 0]
+
+    asyncio.run(go())
+
+
+def test_a_control_call_never_sends_a_second_time_not_even_over_a_stale_connection() -> None:
+    async def go() -> None:
+        async with Server([OK, None], [OK]) as server, exchange_to(server) as exchange:
+            assert await outcome_of(exchange.control("/x", b"{}", timeout=5.0)) is Outcome.OK
+            assert await outcome_of(exchange.control("/x", b"{}", timeout=5.0)) is LOST
+            assert server.requests == [0, 0]
+            assert await outcome_of(exchange.control("/x", b"{}", timeout=5.0)) is Outcome.OK
+            assert server.requests == [0, 0, 1]
+
+    asyncio.run(go())
+
+
+def test_a_control_call_takes_no_connection_that_was_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        async with Server([OK, OK], [OK]) as server, exchange_to(server) as exchange:
+            loop = asyncio.get_running_loop()
+            real, later = loop.time, 0.0
+            monkeypatch.setattr(loop, "time", lambda: real() + later)
+            await exchange.post("/x", b"{}", timeout=5.0)
+            later = CONTROL_IDLE_SECONDS + 0.1
+            assert await outcome_of(exchange.control("/x", b"{}", timeout=5.0)) is Outcome.OK
+            assert server.requests == [0, 1]
+
+    asyncio.run(go())
+
+
+def test_a_server_that_was_replaced_in_between_gets_no_control_call_meant_for_its_predecessor() -> None:
+    async def go() -> None:
+        async with Server([OK], [OK]) as server, exchange_to(server) as exchange:
+            assert await outcome_of(exchange.control("/x", b"{}", timeout=5.0)) is Outcome.OK
+            server.writers[0].close()  # our side has not been told when the next call begins
+            assert await outcome_of(exchange.control("/x", b"{}", timeout=5.0)) is LOST
+            assert server.requests == [0]
+
+    asyncio.run(go())
+
+
+def test_what_pytest_httpx_has_to_see_goes_through_httpx(
+    httpx_mock: HTTPXMock,
+) -> None:
+    httpx_mock.add_response(url=f"{URL}/x", text="mocked", is_reusable=True)
+
+    async def go() -> list[bytes]:
+        address = BackendAddress.parse(URL)
+        exchange = Exchange(address, PoolConfig(), transport=None, user_agent="x")
+        found = [
+            await exchange.post("/x", b"{}", timeout=5.0),
+            await exchange.control("/x", b"{}", timeout=5.0),
+            await exchange.once("POST", "/x", b"{}", timeout=5.0),
+        ]
+        async with exchange.stream("/x", b"{}", timeout=5.0, headers={}) as streamed:
+            found.append(await streamed.read())
+        await exchange.aclose()
+        return [answer.body for answer in found]
+
+    assert asyncio.run(go()) == [b"mocked"] * 4
+
+
+def test_a_proxy_is_used_where_the_environment_may_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        async with Server([OK]) as proxy:
+            monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+            monkeypatch.delenv("NO_PROXY", raising=False)
+            address = BackendAddress.parse("http://nobody.invalid:1")
+            exchange = Exchange(address, PoolConfig(trust_env=True), transport=None, user_agent="x")
+            assert await outcome_of(exchange.post("/x", b"{}", timeout=5.0)) is Outcome.OK
+            assert proxy.requests == [0]
+            await exchange.aclose()
+            exchange = Exchange(address, PoolConfig(), transport=None, user_agent="x")
+            assert await outcome_of(exchange.post("/x", b"{}", timeout=5.0)) is UNREACHED
+            await exchange.aclose()
+
+    asyncio.run(go())
+
+
+def test_an_encoding_that_an_intermediary_put_around_an_answer_is_taken_off() -> None:
+    body = gzip.compress(b"ok")
+    packed = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def go() -> None:
+        async with Server([packed]) as server, exchange_to(server) as exchange:
+            assert await outcome_of(exchange.post("/x", b"{}", timeout=5.0)) is Outcome.OK
 
     asyncio.run(go())
 

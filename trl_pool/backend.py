@@ -413,7 +413,7 @@ class Backend:
         limit = self._config.control_timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(limit):
-                return await self._outlive(self.exchange.once("POST", path, body, timeout=None), path)
+                return await self._outlive(self.exchange.control(path, body, timeout=None), path)
         except TimeoutError:
             raise AttemptError(self.url, Outcome.TIMED_OUT, f"no answer within {limit:.1f} s") from None
 

@@ -8,22 +8,24 @@ import email.utils
 import functools
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
 from .addresses import BackendAddress
 from .config import PoolConfig
 from .errors import AttemptError, Outcome, RequestRejectedError
+from .http1 import KEEPALIVE_SECONDS, Progress, Sockets
+from .over_httpx import OverHttpx, httpx_is_patched
+from .sentinel import Sentinel
 
 STALE_SECONDS = 1.0
 """How soon after sending a kept-alive connection has to break to count as one the server had closed before. Idle
 connections are closed by uvicorn after 5 s; the news of it crosses our request and arrives within a round trip."""
 
-KEEPALIVE_SECONDS = 4.0
-"""Idle connections are dropped on our side before uvicorn drops them."""
+CONTROL_IDLE_SECONDS = 1.0
+"""How long a connection may have been idle that a control call takes. A server closes none so young."""
 
 MAX_RETRY_AFTER = 60.0
 
@@ -49,9 +51,15 @@ OUTCOMES: dict[type[BaseException], Outcome] = {
 }
 
 
+FOREIGN = (httpx.HTTPError, httpx.StreamError, OSError)
+"""What is raised while sending, and has to be translated."""
+
+
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    return httpx.create_ssl_context()
+    context = httpx.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 @dataclass(frozen=True)
@@ -63,75 +71,43 @@ class Answer:
     body: bytes
 
 
-class _Trace:
-    """What httpx tells while it sends: whether the connection is new, and how far the exchange came."""
-
-    def __init__(self) -> None:
-        self.connected = self.sent = self.answered = self.seen = False
-
-    async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
-        self.seen = True
-        if event.startswith("connection.connect"):
-            self.connected = True
-        elif event.endswith("send_request_body.complete"):
-            self.sent = True
-        elif event.endswith("receive_response_headers.complete"):
-            self.answered = True
-
-    def stale(self, seconds: float) -> bool:
-        """Whether the exchange failed because the server had closed the kept connection before it."""
-        reused = self.seen and not self.connected
-        return reused and not self.answered and (not self.sent or seconds < STALE_SECONDS)
-
-
-class Sentinel:
-    """A connection to a server that lives as long as the server's process.
-
-    uvicorn leaves a connection alone on which no request was made. Whatever is answered on it comes from the process
-    that accepted it: a server that was restarted, with or without a farewell, cannot.
+class StreamedAnswer:
+    """What a backend answers: its head, and its body as it comes, as it is encoded.
 
     Args:
-        reader (`asyncio.StreamReader`): Its one end.
-        writer (`asyncio.StreamWriter`): Its other.
-        secure (`bool`): Whether TLS would have to be spoken on it, so that it can prove nothing.
+        url (`str`): Of the backend.
+        status (`int`): HTTP status.
+        headers (`httpx.Headers`): As they came.
+        pieces (`AsyncIterator[bytes]`): The body.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, secure: bool) -> None:
-        self._reader, self._writer, self._secure = reader, writer, secure
-        self._proof: asyncio.Future[bool] | None = None
+    def __init__(self, url: str, status: int, headers: httpx.Headers, pieces: AsyncIterator[bytes]) -> None:
+        self.status, self.headers = status, headers
+        self._url, self._pieces = url, pieces
 
-    async def ended(self) -> None:
-        """Returns when the server closes it."""
-        try:
-            with contextlib.suppress(OSError):
-                while await self._reader.read(65536):
-                    if self._proof is not None and not self._proof.done():
-                        self._proof.set_result(True)
-        finally:
-            if self._proof is not None and not self._proof.done():
-                self._proof.set_result(False)
-            self._writer.close()
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body.
 
-    async def prove(self, path: str, *, timeout: float) -> bool | None:
-        """Whether the process still lives that accepted this connection; `None` when that has not shown in the time,
-        and may when it is asked again. It serves once: the server would close it soon after, as an idle one.
-
-        Args:
-            path (`str`): Of a GET that it answers with anything at all.
-            timeout (`float`): Seconds that it has for the answer.
+        Raises:
+            [`AttemptError`]: when it breaks off.
         """
-        if self._secure or self._writer.is_closing() or (self._proof is not None and self._proof.done()):
-            return False
-        if self._proof is None:
-            self._proof = asyncio.get_running_loop().create_future()
-            self._writer.write(f"GET {path} HTTP/1.1\r\nHost: trl-pool\r\n\r\n".encode())
         try:
-            async with asyncio.timeout(timeout):
-                proved = await asyncio.shield(self._proof)
-        except TimeoutError:
-            return None
-        self._writer.close()
-        return proved
+            async for piece in self._pieces:
+                yield piece
+        except FOREIGN as error:
+            raise translate(self._url, error, None) from error
+
+    async def read(self) -> Answer:
+        """The whole of it.
+
+        Raises:
+            [`AttemptError`]: when it breaks off.
+        """
+        body = b"".join([piece async for piece in self.pieces()])
+        try:
+            return Answer(self.status, self.headers, decoded(self.headers, body))
+        except httpx.DecodingError as error:
+            raise translate(self._url, error, None) from error
 
 
 class Exchange:
@@ -155,9 +131,8 @@ class Exchange:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url = address.url
-        self._address = address
+        self._address, self._config = address, config
         self._clock = clock
-        self._shares_transport = transport is not None
         self._closed = False
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -165,25 +140,11 @@ class Exchange:
         headers = {"user-agent": user_agent, "accept": "application/json"}
         if config.backend_api_key is not None:
             headers["authorization"] = f"Bearer {config.backend_api_key.get_secret_value()}"
-        common: dict[str, Any] = {
-            # Reading the system's certificates takes long; they are read once, and only for https.
-            "verify": _certificates() if address.scheme == "https" else False,
-            "transport": transport,
-            "trust_env": config.trust_env,
-            "timeout": httpx.Timeout(None, connect=config.connect_timeout),
-            "headers": headers,
-            "follow_redirects": False,
-        }
-        self._client = httpx.AsyncClient(
-            **common,
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
-            ),
-        )
-        # Probes and control calls are never sent again, so they never take a connection that may be stale.
-        self._fresh = httpx.AsyncClient(
-            **common, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        )
+        # Reading the system's certificates takes long; they are read once, and only for https.
+        context = _certificates() if address.scheme == "https" else None
+        self._has_sockets = transport is None
+        self._sockets = Sockets(address, context=context, headers=headers)
+        self._over_httpx = OverHttpx(address, config, transport=transport, context=context, headers=headers)
 
     async def aclose(self) -> None:
         """Closes the connections once nothing is under way on them; a transport that was given from outside is its
@@ -191,14 +152,13 @@ class Exchange:
         self._closed = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), _CLOSE_SECONDS)
-        if not self._shares_transport:
-            await self._client.aclose()
-            await self._fresh.aclose()
+        await self._sockets.aclose()
+        await self._over_httpx.aclose()
 
     @property
     def has_sockets(self) -> bool:
         """Whether there is a real server behind it, rather than a transport given from outside."""
-        return not self._shares_transport
+        return self._has_sockets
 
     async def stand_by(self) -> Sentinel:
         """Opens a connection that says nothing, so that its end tells of the end of the server's process.
@@ -219,19 +179,19 @@ class Exchange:
         Raises:
             [`AttemptError`]: when there is no answer.
         """
-        trace = _Trace()
+        progress = Progress()
         started = self._clock()
         try:
-            return await self._send(self._client, "POST", path, body, timeout, headers, trace)
+            return await self._send("POST", path, body, timeout, headers, KEEPALIVE_SECONDS, progress)
         except AttemptError as error:
             elapsed = self._clock() - started
-            if error.outcome is not Outcome.LOST or not trace.stale(elapsed):
+            if error.outcome is not Outcome.LOST or not stale(progress, elapsed):
                 raise
             left = None if timeout is None else max(0.0, timeout - elapsed)
             try:
-                return await self._send(self._fresh, "POST", path, body, left, headers, _Trace())
+                return await self._send("POST", path, body, left, headers, 0.0, Progress())
             except AttemptError as second:
-                if second.outcome is Outcome.UNREACHED and trace.sent:
+                if second.outcome is Outcome.UNREACHED and progress.sent:
                     # Not stale after all: the server died with the request in its hands.
                     raise AttemptError(
                         self.url,
@@ -240,6 +200,20 @@ class Exchange:
                         refused=second.refused,
                     ) from second
                 raise
+
+    async def control(
+        self, path: str, body: bytes | None, *, timeout: float | None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Posts exactly once, over a connection that was used just before if there is one: an update is hundreds of
+        calls, and a new connection costs more than the call.
+
+        One that breaks is an error, however old it was. Whatever is answered on it comes from the process that
+        answered before.
+
+        Raises:
+            [`AttemptError`]: when there is no answer.
+        """
+        return await self._send("POST", path, body, timeout, headers, CONTROL_IDLE_SECONDS, Progress())
 
     async def once(
         self,
@@ -255,31 +229,56 @@ class Exchange:
         Raises:
             [`AttemptError`]: when there is no answer.
         """
-        return await self._send(self._fresh, method, path, body, timeout, headers, _Trace())
+        return await self._send(method, path, body, timeout, headers, 0.0, Progress())
 
     async def _send(
         self,
-        client: httpx.AsyncClient,
         method: str,
         path: str,
         body: bytes | None,
         timeout: float | None,
         headers: Mapping[str, str] | None,
-        trace: _Trace,
+        max_idle: float,
+        progress: Progress,
     ) -> Answer:
-        request = self._request(client, method, path, body, timeout, headers, trace)
-        with self._counted():
-            try:
-                async with asyncio.timeout(timeout):
-                    response = await client.send(request)
-            except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-                raise translate(self.url, error, timeout) from error
-        return Answer(response.status_code, response.headers, response.content)
+        self._begin()
+        try:
+            if timeout is None:
+                return await self._fetch(method, path, body, timeout, headers, max_idle, progress)
+            async with asyncio.timeout(timeout):
+                return await self._fetch(method, path, body, timeout, headers, max_idle, progress)
+        except FOREIGN as error:
+            raise translate(self.url, error, timeout) from error
+        finally:
+            self._end()
+
+    async def _fetch(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        timeout: float | None,
+        headers: Mapping[str, str] | None,
+        max_idle: float,
+        progress: Progress,
+    ) -> Answer:
+        within = self._connect_within(timeout)
+        if self._by_httpx():
+            return Answer(
+                *await self._over_httpx.fetch(
+                    method, path, body, headers or {}, connect_within=within, max_idle=max_idle, progress=progress
+                )
+            )
+        status, raw, content = await self._sockets.fetch(
+            method, path, body or b"", headers or {}, connect_within=within, max_idle=max_idle, progress=progress
+        )
+        found = httpx.Headers(raw)
+        return Answer(status, found, decoded(found, content))
 
     @contextlib.asynccontextmanager
     async def stream(
         self, path: str, body: bytes, *, timeout: float, headers: Mapping[str, str]
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[StreamedAnswer]:
         """Sends a request over a new connection, and gives the answer as soon as its head is there.
 
         Args:
@@ -291,69 +290,65 @@ class Exchange:
         Raises:
             [`AttemptError`]: when there is no answer.
         """
-        request = self._request(self._fresh, "POST", path, body, timeout, headers, _Trace())
-        request.extensions["timeout"]["read"] = timeout
-        with self._counted():
+        opener = self._over_httpx if self._by_httpx() else self._sockets
+        self._begin()
+        try:
             try:
                 async with asyncio.timeout(timeout):
-                    response = await self._fresh.send(request, stream=True)
-            except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+                    incoming = await opener.open(
+                        path, body, headers, connect_within=self._connect_within(timeout), read_within=timeout
+                    )
+            except FOREIGN as error:
                 raise translate(self.url, error, timeout) from error
             try:
-                yield response
+                yield StreamedAnswer(self.url, incoming.status, httpx.Headers(incoming.headers), incoming.pieces())
             finally:
-                await response.aclose()
+                await incoming.aclose()
+        finally:
+            self._end()
 
-    async def read(self, response: httpx.Response) -> Answer:
-        """The whole of a streamed answer.
+    def _by_httpx(self) -> bool:
+        """Whether httpx has to carry it: it was given a transport, it has to find a proxy, or somebody (pytest-httpx,
+        for one) has put themselves in the place of its sockets."""
+        return not self._has_sockets or self._config.trust_env or httpx_is_patched()
 
-        Raises:
-            [`AttemptError`]: when it breaks off.
-        """
-        try:
-            body = await response.aread()
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-            raise translate(self.url, error, None) from error
-        return Answer(response.status_code, response.headers, body)
+    def _connect_within(self, timeout: float | None) -> float:
+        # Below the whole: "no connection" and "no answer" mean different things.
+        limit = self._config.connect_timeout
+        return limit if timeout is None else min(limit, 0.8 * timeout)
 
-    def _request(
-        self,
-        client: httpx.AsyncClient,
-        method: str,
-        path: str,
-        body: bytes | None,
-        timeout: float | None,
-        headers: Mapping[str, str] | None,
-        trace: _Trace,
-    ) -> httpx.Request:
+    def _begin(self) -> None:
+        """What is under way is waited for when the connections are closed."""
         if self._closed:
             raise AttemptError(self.url, Outcome.UNAVAILABLE, "it was removed from the pool")
-        request = client.build_request(
-            method,
-            self.url + path,
-            content=body,
-            headers={**(headers or {}), **({"content-type": "application/json"} if body else {})},
-            extensions={"trace": trace},
-        )
-        # A given extensions dictionary replaces the client's own time-outs.
-        timeouts = client.timeout.as_dict()
-        if timeout is not None:
-            # Below the whole: "no connection" and "no answer" mean different things.
-            timeouts["connect"] = min(timeouts["connect"] or timeout, 0.8 * timeout)
-        request.extensions["timeout"] = timeouts
-        return request
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """What is under way is waited for when the connections are closed."""
         self._under_way += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
+
+    def _end(self) -> None:
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
+
+
+def stale(progress: Progress, seconds: float) -> bool:
+    """Whether an exchange failed because the server had closed the kept connection before it.
+
+    Args:
+        progress ([`Progress`]): How far it came.
+        seconds (`float`): After how long it failed.
+    """
+    return progress.reused and not progress.answered and (not progress.sent or seconds < STALE_SECONDS)
+
+
+def decoded(headers: httpx.Headers, body: bytes) -> bytes:
+    """A body without its content encoding, which an intermediary may have put around it.
+
+    Raises:
+        `httpx.DecodingError`: when it is not in that encoding.
+    """
+    if "content-encoding" not in headers:
+        return body
+    return httpx.Response(200, headers=headers, content=body).content
 
 
 def translate(url: str, error: BaseException, timeout: float | None) -> AttemptError:

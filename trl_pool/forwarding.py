@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 
-import httpx
-
 from .breaker import Verdict
 from .config import PoolConfig
 from .dispatch import Dispatcher, Want
 from .errors import Attempt, AttemptError, Outcome, RolloutError, RolloutTimeoutError
-from .exchange import judge, translate
+from .exchange import StreamedAnswer, judge
 from .leases import Lane, Lease
 from .retry import MAX_COSTS, MAX_SERVER_ERRORS, RULES
 
@@ -33,7 +31,7 @@ class Forwarder:
     @contextlib.asynccontextmanager
     async def stream(
         self, path: str, body: bytes, *, key: str, keep: bool = False, weight: int, headers: Mapping[str, str]
-    ) -> AsyncIterator[tuple[str, httpx.Response]]:
+    ) -> AsyncIterator[tuple[str, StreamedAnswer]]:
         """A backend's name and its answer, whose status is 200 and whose body has not been read.
 
         Args:
@@ -79,10 +77,9 @@ class Forwarder:
                     continue
                 try:
                     yield lease.backend.name, response
-                except (httpx.HTTPError, httpx.StreamError) as error:
-                    problem = translate(lease.backend.url, error, None)
-                    self._failed(lease, problem, self._clock() - started)
-                    raise problem from error
+                except AttemptError as error:
+                    self._failed(lease, error, self._clock() - started)
+                    raise
                 lease.backend.served(lease, 1)
                 lease.backend.release(lease, Verdict.SUCCESS)
                 return
@@ -90,11 +87,11 @@ class Forwarder:
     @contextlib.asynccontextmanager
     async def _open(
         self, lease: Lease, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[StreamedAnswer]:
         exchange = lease.backend.exchange
         async with exchange.stream(path, body, timeout=self._config.request_timeout, headers=headers) as response:
-            if response.status_code != 200:
-                judge(lease.backend.url, await exchange.read(response))
+            if response.status != 200:
+                judge(lease.backend.url, await response.read())
             yield response
 
     def _failed(self, lease: Lease, error: AttemptError, seconds: float) -> Attempt:

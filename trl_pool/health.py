@@ -14,9 +14,10 @@ import msgspec
 from .backend import SIMULATED, Backend
 from .config import PoolConfig
 from .errors import AttemptError, Outcome
-from .exchange import Answer, Sentinel
+from .exchange import Answer
 from .facts import Health
 from .identity import Identity, identify, weight_version
+from .sentinel import Sentinel
 
 logger = logging.getLogger(__name__)
 

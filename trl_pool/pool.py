@@ -23,7 +23,7 @@ from .errors import (
     InvalidRequestError,
     RequestRejectedError,
 )
-from .exchange import judge
+from .exchange import StreamedAnswer, judge
 from .fleet import DEFAULT_HOST, DEFAULT_PORT, resolve_backends
 from .forwarding import Forwarder
 from .lifetime import guarded
@@ -427,7 +427,7 @@ class AsyncVLLMClientPool(TrainedFleet):
     @contextlib.asynccontextmanager
     async def stream(
         self, path: str, body: bytes, *, key: str, weight: int, session_id: str | None, headers: Mapping[str, str]
-    ) -> AsyncIterator[tuple[str, httpx.Response]]:
+    ) -> AsyncIterator[tuple[str, StreamedAnswer]]:
         """Passes a request on to one server and its answer back as it comes; see [`Forwarder.stream`]."""
         session_id = self.session_id if session_id is None else session_id
         forwarder = Forwarder(self._dispatcher, self.config, clock=self._clock)

@@ -12,7 +12,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import httpx
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -20,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from .. import balancer, validation
 from ..dialects.base import Endpoint, Job
 from ..errors import AttemptError, BackendMismatchError, InvalidRequestError
+from ..exchange import StreamedAnswer
 from ..pool import AsyncVLLMClientPool
 from .failures import WrongDialectError, json_response
 from .plumbing import REQUEST_ID, add, broadcast_answer, broadcast_body, pool_of, read_body, while_connected
@@ -166,27 +166,27 @@ def _completions(fields: dict[str, Any]) -> int:
 class _Streamed(StreamingResponse):
     """A backend's answer, piece by piece. However it ends, its lease is given back."""
 
-    def __init__(self, context: Any, backend: str, response: httpx.Response) -> None:
+    def __init__(self, context: Any, backend: str, response: StreamedAnswer) -> None:
         self._context, self._whole = context, False
         headers = {name: value for name, value in response.headers.items() if name not in _NOT_PASSED_ON}
-        super().__init__(self._pieces(response), response.status_code, {**headers, "x-backend": backend})
+        super().__init__(self._pieces(response), response.status, {**headers, "x-backend": backend})
 
-    async def _pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        async for piece in response.aiter_raw():
+    async def _pieces(self, response: StreamedAnswer) -> AsyncIterator[bytes]:
+        async for piece in response.pieces():
             yield piece
         self._whole = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except AttemptError as problem:
+            await self._context.__aexit__(AttemptError, problem, problem.__traceback__)
+            # The head is out: all that is left is to break off, which the client sees. An answer without its end makes
+            # the server close the connection.
+            logger.warning("Request %s: its stream broke off: %s", scope["state"]["request_id"], problem)
+            return
         except BaseException as error:
-            try:
-                await self._context.__aexit__(type(error), error, error.__traceback__)
-            except AttemptError as problem:
-                # The head is out: all that is left is to break off, which the client sees. An answer without its end
-                # makes the server close the connection.
-                logger.warning("Request %s: its stream broke off: %s", scope["state"]["request_id"], problem)
-                return
+            await self._context.__aexit__(type(error), error, error.__traceback__)
             raise
         # A client that left in the middle says nothing about the backend.
         left = None if self._whole else asyncio.CancelledError()
