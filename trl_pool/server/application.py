@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import httpx
 from fastapi import FastAPI, Request
@@ -17,13 +18,16 @@ from ..errors import PoolError
 from ..pool import AsyncVLLMClientPool
 from .drain import Drain
 from .failures import ShuttingDownError, failure, json_response
-from .plumbing import REQUEST_ID
+from .plumbing import REQUEST_ID, Handler
 from .pool_routes import add_pool_routes
 from .settings import GatewaySettings
 from .trl_routes import add_control_routes, add_data_routes
 from .vllm_routes import add_development_routes, add_openai_routes
 
 logger = logging.getLogger(__name__)
+
+_REQUEST_ID = REQUEST_ID.encode()
+_PRINTABLE = re.compile(rb"[ -~]+")
 
 
 def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
@@ -55,7 +59,8 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
         redirect_slashes=False,
     )
     app.state.settings, app.state.drain = settings, drain
-    app.add_middleware(FrontMiddleware, drain=drain)
+    app.state.direct = {}
+    app.add_middleware(FrontMiddleware, drain=drain, direct=app.state.direct)
 
     @app.exception_handler(PoolError)
     async def pool_error(request: Request, error: PoolError) -> Response:
@@ -71,18 +76,28 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
 
 class FrontMiddleware:
     """What holds for every request: it has an id (its `X-Request-Id`, or a new one if that is missing or not
-    printable), it ends when the gateway's time is up, and what nobody foresaw is answered in JSON too."""
+    printable), it ends when the gateway's time is up, and what nobody foresaw is answered in JSON too.
 
-    def __init__(self, app: ASGIApp, drain: Drain) -> None:
-        self.app, self.drain = app, drain
+    Args:
+        app (`ASGIApp`): What answers.
+        drain ([`Drain`]): Knows when the time is up.
+        direct (`Mapping[tuple[str, str], Handler]`): Per method and path, what answers without FastAPI in between.
+    """
+
+    def __init__(self, app: ASGIApp, drain: Drain, direct: Mapping[tuple[str, str], Handler]) -> None:
+        self.app, self.drain, self.direct = app, drain, direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == REQUEST_ID.encode()), b"")
-        usable = 0 < len(given) <= 128 and given.decode("latin-1").isascii() and given.decode("latin-1").isprintable()
-        request_id = given if usable else secrets.token_hex(8).encode()
+        request_id = b""
+        for name, value in scope["headers"]:
+            if name == _REQUEST_ID:
+                request_id = value
+                break
+        if not (0 < len(request_id) <= 128 and _PRINTABLE.fullmatch(request_id)):
+            request_id = secrets.token_hex(8).encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         started = False
 
@@ -90,12 +105,20 @@ class FrontMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message.get("headers", []), (REQUEST_ID.encode(), request_id)]
+                message["headers"] = [*message.get("headers", []), (_REQUEST_ID, request_id)]
             await send(message)
 
         try:
             with self.drain.request():
-                await self.app(scope, receive, send_with_id)
+                handler = self.direct.get((scope["method"], scope["path"]))
+                if handler is None:
+                    await self.app(scope, receive, send_with_id)
+                    return
+                try:
+                    response = await handler(Request(scope, receive))
+                except PoolError as error:
+                    response = failure(error)
+                await response(scope, receive, send_with_id)
         except ShuttingDownError as error:
             if not started:
                 await failure(error)(scope, receive, send_with_id)

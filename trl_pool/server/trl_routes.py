@@ -81,9 +81,9 @@ def add_data_routes(app: FastAPI) -> None:
             ),
         )
 
-    add(app, "POST", "/generate/", generate, GenerateRequest)
-    add(app, "POST", "/chat/", chat, ChatRequest)
-    add(app, "POST", "/get_sequence_logprobs/", get_sequence_logprobs, SequenceLogprobsRequest)
+    add(app, "POST", "/generate/", generate, GenerateRequest, direct=True)
+    add(app, "POST", "/chat/", chat, ChatRequest, direct=True)
+    add(app, "POST", "/get_sequence_logprobs/", get_sequence_logprobs, SequenceLogprobsRequest, direct=True)
 
 
 def _trl(request: Request) -> AsyncVLLMClientPool:

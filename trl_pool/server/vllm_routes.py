@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,7 +22,7 @@ from ..errors import AttemptError, BackendMismatchError, InvalidRequestError
 from ..exchange import StreamedAnswer
 from ..pool import AsyncVLLMClientPool
 from .failures import WrongDialectError, json_response
-from .plumbing import REQUEST_ID, add, broadcast_answer, broadcast_body, pool_of, read_body, while_connected
+from .plumbing import REQUEST_ID, Handler, add, broadcast_answer, broadcast_body, pool_of, read_body, while_connected
 from .settings import GatewaySettings
 
 # What concerns the connection, and what the gateway says itself.
@@ -41,8 +41,6 @@ _NOT_PASSED_ON = frozenset(
 )
 
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def _vllm(request: Request) -> AsyncVLLMClientPool:
@@ -136,10 +134,10 @@ def add_openai_routes(app: FastAPI) -> None:
 
         return ask
 
-    add(app, "POST", "/v1/completions", completions)
-    add(app, "POST", "/v1/chat/completions", chat_completions)
-    add(app, "POST", "/v1/chat/completions/render", passed_on)
-    add(app, "POST", "/inference/v1/generate", passed_on)
+    add(app, "POST", "/v1/completions", completions, direct=True)
+    add(app, "POST", "/v1/chat/completions", chat_completions, direct=True)
+    add(app, "POST", "/v1/chat/completions/render", passed_on, direct=True)
+    add(app, "POST", "/inference/v1/generate", passed_on, direct=True)
     for path in ("/v1/models", "/server_info", "/version"):
         add(app, "GET", path, asked(path))
 
@@ -174,7 +172,9 @@ class _Streamed(StreamingResponse):
     async def _pieces(self, response: StreamedAnswer) -> AsyncIterator[bytes]:
         async for piece in response.pieces():
             yield piece
+        # Before its end is passed on: whoever has the whole answer finds the backend free.
         self._whole = True
+        await self._context.__aexit__(None, None, None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -186,12 +186,13 @@ class _Streamed(StreamingResponse):
             logger.warning("Request %s: its stream broke off: %s", scope["state"]["request_id"], problem)
             return
         except BaseException as error:
-            await self._context.__aexit__(type(error), error, error.__traceback__)
+            if not self._whole:
+                await self._context.__aexit__(type(error), error, error.__traceback__)
             raise
-        # A client that left in the middle says nothing about the backend.
-        left = None if self._whole else asyncio.CancelledError()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._context.__aexit__(None if left is None else type(left), left, None)
+        if not self._whole:
+            # A client that left in the middle says nothing about the backend.
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._context.__aexit__(asyncio.CancelledError, asyncio.CancelledError(), None)
 
 
 def add_development_routes(app: FastAPI) -> None:
