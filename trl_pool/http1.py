@@ -40,9 +40,7 @@ _NEXT_ADDRESS_SECONDS = 1.0
 
 _CLOSE_SECONDS = 1.0
 
-# What a request's target and its other lines may not contain: they would end there, and something else begin.
 _TARGET = re.compile(r"[!-~]+")
-_FORBIDDEN = re.compile(r"[\x00\r\n]")
 
 
 @dataclass(slots=True)
@@ -478,10 +476,11 @@ class Sockets:
         if body or method != "GET":
             fields["content-length"] = str(len(body))
         lines = [f"{name}: {value}" for name, value in fields.items()]
-        if any(map(_FORBIDDEN.search, lines)):
+        text = "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""])
+        if text.count("\r") != len(lines) + 2 or text.count("\n") != len(lines) + 2 or "\0" in text:
             raise httpx.LocalProtocolError("a header contains the end of a line")
         try:
-            return "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""]).encode("latin-1")
+            return text.encode("latin-1")
         except UnicodeEncodeError as error:
             raise httpx.LocalProtocolError(f"a header cannot be sent: {error.reason}") from None
 

@@ -58,7 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=log_level.upper().replace("TRACE", "DEBUG"), format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for every request and probe
-    uvicorn.run(create_app(settings), host=host, port=port, workers=1, log_level=log_level, access_log=False)
+    uvicorn.run(
+        create_app(settings),
+        host=host,
+        port=port,
+        workers=1,
+        log_level=log_level,
+        access_log=False,
+        proxy_headers=False,  # nothing here depends on who the client is
+        http="httptools",  # uvicorn chooses uvloop by itself where it is installed, and httptools is
+    )
     return 0
 
 

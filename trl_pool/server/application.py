@@ -51,7 +51,7 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
         finally:
             await pool.aclose()
 
-    app = FastAPI(
+    app = Gateway(
         title="trl_pool gateway",
         version=__version__,
         description="Many vLLM servers behind the endpoints of one.",
@@ -60,7 +60,7 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
     )
     app.state.settings, app.state.drain = settings, drain
     app.state.direct = {}
-    app.add_middleware(FrontMiddleware, drain=drain, direct=app.state.direct)
+    app.add_middleware(FrontMiddleware, drain=drain)
 
     @app.exception_handler(PoolError)
     async def pool_error(request: Request, error: PoolError) -> Response:
@@ -71,7 +71,21 @@ def create_app(settings: GatewaySettings, *, transport: httpx.AsyncBaseTransport
     add_openai_routes(app)
     add_development_routes(app)
     add_pool_routes(app)
+    app.direct = DirectRoutes(drain, app.state.direct)
     return app
+
+
+class Gateway(FastAPI):
+    """FastAPI, but for the requests that a gateway is there for: they would spend more time in it than here."""
+
+    direct: DirectRoutes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (scope["method"], scope["path"]) in self.direct.handlers:
+            scope["app"] = self
+            await self.direct(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 class FrontMiddleware:
@@ -81,11 +95,10 @@ class FrontMiddleware:
     Args:
         app (`ASGIApp`): What answers.
         drain ([`Drain`]): Knows when the time is up.
-        direct (`Mapping[tuple[str, str], Handler]`): Per method and path, what answers without FastAPI in between.
     """
 
-    def __init__(self, app: ASGIApp, drain: Drain, direct: Mapping[tuple[str, str], Handler]) -> None:
-        self.app, self.drain, self.direct = app, drain, direct
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
+        self.app, self.drain = app, drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,15 +123,7 @@ class FrontMiddleware:
 
         try:
             with self.drain.request():
-                handler = self.direct.get((scope["method"], scope["path"]))
-                if handler is None:
-                    await self.app(scope, receive, send_with_id)
-                    return
-                try:
-                    response = await handler(Request(scope, receive))
-                except PoolError as error:
-                    response = failure(error)
-                await response(scope, receive, send_with_id)
+                await self.app(scope, receive, send_with_id)
         except ShuttingDownError as error:
             if not started:
                 await failure(error)(scope, receive, send_with_id)
@@ -128,3 +133,23 @@ class FrontMiddleware:
                 raise
             answer = json_response({"detail": f"Internal Server Error; see the log for {request_id.decode()}"}, 500)
             await answer(scope, receive, send_with_id)
+
+
+class DirectRoutes(FrontMiddleware):
+    """Routes that are called without FastAPI in between, with everything that [`FrontMiddleware`] does.
+
+    Args:
+        drain ([`Drain`]): Knows when the time is up.
+        handlers (`Mapping[tuple[str, str], Handler]`): Per method and path, what answers.
+    """
+
+    def __init__(self, drain: Drain, handlers: Mapping[tuple[str, str], Handler]) -> None:
+        super().__init__(self._answer, drain)
+        self.handlers = handlers
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self.handlers[scope["method"], scope["path"]](Request(scope, receive))
+        except PoolError as error:
+            response = failure(error)
+        await response(scope, receive, send)

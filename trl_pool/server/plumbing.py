@@ -110,8 +110,8 @@ def add(
         path (`str`): Either spelling.
         handler (`Callable`): What answers.
         model (`type[BaseModel]`, *optional*): Of its bodies, for OpenAPI.
-        direct (`bool`, *optional*, defaults to `False`): Whether [`FrontMiddleware`] calls the handler itself, which
-            takes a tenth of the time. The router then only documents it.
+        direct (`bool`, *optional*, defaults to `False`): Whether [`DirectRoutes`] calls the handler; FastAPI then only
+            documents it.
     """
     extra: dict[str, Any] = {}
     if model is not None:

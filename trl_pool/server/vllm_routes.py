@@ -84,7 +84,7 @@ def add_openai_routes(app: FastAPI) -> None:
     async def stream(request: Request, body: bytes, unit: Any, weight: int) -> Response:
         pool = _vllm(request)
         context = pool.stream(
-            request.url.path.rstrip("/"),
+            _target(request),
             body,
             key=balancer.affinity_key(unit, settings.prompt_sticky_prefix_chars),
             weight=weight,
@@ -143,7 +143,13 @@ def add_openai_routes(app: FastAPI) -> None:
 
 
 def _passed(request: Request, body: bytes, unit: Any, n: int) -> Job:
-    return Job(Endpoint.PASS, [unit], n=n, raw=True, body=body, target=request.url.path.rstrip("/"))
+    return Job(Endpoint.PASS, [unit], n=n, raw=True, body=body, target=_target(request))
+
+
+def _target(request: Request) -> str:
+    """The path as a server knows it."""
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", "")).rstrip("/")
 
 
 def _apart(prompt: Any) -> list[Any]:
