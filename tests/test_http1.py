@@ -269,6 +269,41 @@ def test_a_large_request_arrives_whole() -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("size", [1024 * 1024 - 1, 1024 * 1024, 9_000_000])
+def test_a_large_answer_arrives_whole_and_its_connection_serves_on(size: int) -> None:
+    body = (bytes(range(251)) * (size // 251 + 1))[:size]
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size
+
+    async def go() -> None:
+        scripts: list[list[bytes | None]] = [[head, body], [head + body], [head, body[:1], body[1:]], [OK]]
+        async with Server(*scripts) as server, sockets_to(server) as sockets:
+            for _ in range(3):
+                assert await fetch(sockets) == (200, body)
+            assert await fetch(sockets) == (200, b"ok")
+            assert server.connections == 1
+
+    asyncio.run(go())
+
+
+def test_a_large_answer_that_breaks_off_is_a_protocol_error() -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 3000000\r\n\r\n"
+    with pytest.raises(httpx.RemoteProtocolError):
+        one(head, bytes(1_500_000), None)
+
+
+def test_a_large_answer_that_nobody_waits_for_any_more_is_dropped() -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 3000000\r\n\r\n"
+
+    async def go() -> None:
+        async with Server([head, bytes(1_500_000)]) as server, sockets_to(server) as sockets:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await fetch(sockets)
+            await server.ends[0].wait()
+
+    asyncio.run(go())
+
+
 def test_a_request_that_nobody_reads_counts_as_not_sent() -> None:
     async def go() -> Progress:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

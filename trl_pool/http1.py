@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import ipaddress
 import re
 import socket
@@ -35,6 +36,9 @@ _READ_AHEAD = 1024 * 1024
 _JOIN_BELOW = 64 * 1024
 """A body up to this size is copied behind its head, so that both are one packet."""
 
+_FILL_FROM, _FILL_TO = 1024 * 1024, 1024**3
+"""Bodies of which length are received straight to where they stay."""
+
 _NEXT_ADDRESS_SECONDS = 1.0
 """How long an address of a host with several may say nothing before the next one is tried."""
 
@@ -58,6 +62,46 @@ class Progress:
     answered: bool = False
 
 
+class _Filling(asyncio.BufferedProtocol):
+    """Takes the rest of a large body of known length, which the kernel then writes where it will stay: it is copied
+    once instead of three times.
+
+    Args:
+        connection ([`_Connection`]): Told of everything else.
+        length (`int`): Of the whole body.
+        begun (`bytes`): What has come of it.
+    """
+
+    def __init__(self, connection: _Connection, length: int, begun: bytes) -> None:
+        self._connection = connection
+        # Its buffer is the `bytes` object that getvalue() returns, as long as nobody else has it.
+        self._body = io.BytesIO(bytes(length))
+        self._view = self._body.getbuffer()
+        self._view[: len(begun)] = begun
+        self._filled = len(begun)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._view[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._filled += nbytes
+        if self._filled == len(self._view):
+            self._view.release()
+            self._connection.filled(self._body)
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
+
+    def eof_received(self) -> None:
+        self._connection.eof_received()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connection.connection_lost(error)
+
+
 class _Connection(asyncio.Protocol):
     """One connection, with one exchange at a time on it."""
 
@@ -78,6 +122,7 @@ class _Connection(asyncio.Protocol):
         self._parser: Any = None  # of a chunked body
         self._left: int | None = 0  # bytes of the body to come; `None` when only the end of the connection tells
         self._pieces: list[bytes] = []
+        self._filled: io.BytesIO | None = None
         self._buffered = 0
         self._paused = False
         self._reusable = False
@@ -114,6 +159,8 @@ class _Connection(asyncio.Protocol):
 
     def taken(self) -> bytes:
         """The part of the body that lies here."""
+        if self._filled is not None:
+            return self._filled.getvalue()
         pieces = self._pieces
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._pieces, self._buffered = [], 0
@@ -143,6 +190,11 @@ class _Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether another exchange can be made on it, as far as is known."""
         return ((self.finished and self._reusable) or not self._asked) and not self._transport.is_closing()
+
+    def forget(self) -> None:
+        """Lets go of the answer, which may be large."""
+        self._filled = None
+        self.headers = []
 
     def rest(self) -> None:
         """Lies idle from now on."""
@@ -265,6 +317,10 @@ class _Connection(asyncio.Protocol):
             if len(data) > self._left:
                 data = data[: self._left]
                 self._reusable = False
+            large = _FILL_FROM <= self._left <= _FILL_TO and not self._streamed
+            if large and not self._pieces and 0 < len(data) < self._left:
+                self._receive_by(_Filling(self, self._left, data))
+                return
             self._left -= len(data)
             self._keep(data)
             if not self._left:
@@ -272,6 +328,18 @@ class _Connection(asyncio.Protocol):
                 return
         if self._streamed and self._pieces:
             self._wake()
+
+    def filled(self, body: io.BytesIO) -> None:
+        """The whole body is there. The transport still has its hands on it: it would be copied if it were read now."""
+        self._receive_by(self)
+        self._filled = body
+        self._finish()
+
+    def _receive_by(self, protocol: asyncio.BaseProtocol) -> None:
+        # uvloop looks at the kind of a protocol when it begins to read.
+        self._transport.pause_reading()
+        self._transport.set_protocol(protocol)
+        self._transport.resume_reading()
 
     def _keep(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -387,6 +455,7 @@ class Sockets:
         finally:
             progress.sent, progress.answered = connection.sent, connection.answered
         status, answered, whole = connection.status, connection.headers, connection.taken()
+        connection.forget()
         # uvicorn closes the connection behind an error of its application, and does not announce it.
         if max_idle and status < 500:
             self._keep(connection)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .gateway_peers import PEERS, Fleet, programs, start_backends, start_peer
+from .gateway_peers import LARGE_PATH, PEERS, Fleet, programs, start_backends, start_peer
 from .report import Report, Spread, Table
 from .rounds import column, interleave
 
@@ -20,12 +20,13 @@ SUMMARY = "the gateway beside HAProxy, nginx and other routers, measured with wr
 
 DELAY_SECONDS = 0.02
 CONNECTIONS = 16
+LARGE_CONNECTIONS, LARGE_SECONDS = 4, 3
 
 CASES = {
     "A /v1/completions": "the server answers at once: what a request costs in CPU time",
     "A /generate/": "the same for a `trl vllm-serve`",
     "B /v1/completions": f"the server takes {DELAY_SECONDS * 1e3:.0f} ms: what a request waits longer",
-    "20 MB": "answers of 20 MB, at once",
+    "20 MB": f"answers of 20 MB, at once, over {LARGE_CONNECTIONS} connections",
 }
 
 # Of what a case is measured, what is wanted of the gateway: figure, words, and whether it is reached.
@@ -97,7 +98,10 @@ def run(options: argparse.Namespace) -> Report:
 
 def _measurement(wrk: str, url: str, fleet: Fleet, seconds: int) -> Callable[[], dict[str, float]]:
     script = Path(__file__).with_name("gateway_post.lua")
-    command = [wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds}", "--timeout", "30", "-s", str(script), url]
+    large = fleet.path == LARGE_PATH
+    connections = LARGE_CONNECTIONS if large else CONNECTIONS
+    seconds *= LARGE_SECONDS if large else 1
+    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "30", "-s", str(script), url]
 
     def measure() -> dict[str, float]:
         environment = {**os.environ, "GATEWAY_PATH": fleet.path}

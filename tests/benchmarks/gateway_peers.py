@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -83,6 +84,10 @@ backend servers
 )
 
 
+LARGE_PATH = "/v1/chat/completions"
+"""Where the servers answer 20 MB."""
+
+
 @dataclass(frozen=True)
 class Fleet:
     """Two servers that are measured through a proxy.
@@ -119,22 +124,18 @@ class Programs:
         path = os.pathsep.join([*map(str, places), os.environ.get("PATH", ""), "/usr/sbin"])
         return shutil.which(name, path=path)
 
-    def start(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Starts a program; what it says goes to a file of that name."""
         with (self.folder / f"{name}.out").open("wb") as out:
-            self._running.append(
-                subprocess.Popen(
-                    command,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    env={**os.environ, **(env or {})},
-                )
-            )
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        self._running.append(process)
+        return process
 
-    def nginx(self, name: str, servers: str) -> None:
+    def nginx(self, name: str, servers: str) -> subprocess.Popen[bytes]:
+        """Starts an nginx with these servers."""
         config = self.folder / f"{name}.conf"
         config.write_text(_NGINX.substitute(folder=self.folder, name=name, servers=servers))
-        self.start(name, [str(self.find("nginx")), "-e", str(self.folder / f"{name}.log"), "-c", str(config)])
+        return self.start(name, [str(self.find("nginx")), "-e", str(self.folder / f"{name}.log"), "-c", str(config)])
 
     def stop(self) -> None:
         for process in self._running:
@@ -180,7 +181,7 @@ def start_backends(running: Programs, delay: float) -> dict[str, Fleet]:
         "A /v1/completions": Fleet(urls(v1, v2), "/v1/completions"),
         "A /generate/": Fleet(urls(t1, t2), "/generate/"),
         "B /v1/completions": Fleet(urls(d1, d2), "/v1/completions"),
-        "20 MB": Fleet(urls(v1, v2), "/v1/chat/completions"),
+        "20 MB": Fleet(urls(v1, v2), LARGE_PATH),
     }
     for fleet in fleets.values():
         for url in fleet.urls:
@@ -216,20 +217,22 @@ def start_peer(name: str, fleet: Fleet, running: Programs, tag: str) -> str | No
     if name == "trl_pool":
         options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
         command = [sys.executable, "-m", "trl_pool.server", "--backends", ",".join(fleet.urls), *options]
-        running.start(label, command)
-    elif name == "fastapi":
-        running.start(label, [sys.executable, "-m", "tests.benchmarks.gateway_fastapi", str(port), *fleet.urls])
+        process = running.start(label, command)
+    elif name == "fastapi" and importlib.util.find_spec("aiohttp"):
+        process = running.start(
+            label, [sys.executable, "-m", "tests.benchmarks.gateway_fastapi", str(port), *fleet.urls]
+        )
     elif name == "haproxy" and running.find(name):
         config = running.folder / f"{label}.cfg"
         config.write_text(_HAPROXY.substitute(port=port, one=one, two=two))
-        running.start(label, [str(running.find(name)), "-f", str(config)])
+        process = running.start(label, [str(running.find(name)), "-f", str(config)])
     elif name == "nginx" and running.find(name):
         buffers = "proxy_buffers 16 64k; proxy_busy_buffers_size 128k; proxy_max_temp_file_size 0;"
-        running.nginx(label, _NGINX_PROXY.substitute(port=port, one=one, two=two, buffers=buffers))
+        process = running.nginx(label, _NGINX_PROXY.substitute(port=port, one=one, two=two, buffers=buffers))
     elif name in ROUTERS and fleet.path.startswith("/v1/") and running.find(name):
         where = ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", *fleet.urls]
         watched = ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--log-level", "error"]
-        running.start(label, [str(running.find(name)), *ROUTERS[name], *where, *watched])
+        process = running.start(label, [str(running.find(name)), *ROUTERS[name], *where, *watched])
     elif name == "litellm" and fleet.path.startswith("/v1/") and running.find(name):
         config = running.folder / f"{label}.yaml"
         models = "".join(
@@ -237,14 +240,16 @@ def start_peer(name: str, fleet: Fleet, running: Programs, tag: str) -> str | No
             for u in fleet.urls
         )
         config.write_text(f"model_list:\n{models}")
-        running.start(label, [str(running.find(name)), "--config", str(config), "--port", str(port)])
+        process = running.start(label, [str(running.find(name)), "--config", str(config), "--port", str(port)])
     else:
         return None
-    return url if wait_for(url + fleet.path, needed=name == "trl_pool") else None
+    return url if wait_for(url + fleet.path, process, needed=name == "trl_pool") else None
 
 
-def wait_for(url: str, *, seconds: float = 30.0, needed: bool = True) -> bool:
-    """Whether a POST is answered 200 before the time is over.
+def wait_for(
+    url: str, process: subprocess.Popen[bytes] | None = None, *, seconds: float = 30.0, needed: bool = True
+) -> bool:
+    """Whether a POST is answered 200 before the time is over, or the process.
 
     Raises:
         `RuntimeError`: when it is not, though it is needed.
@@ -253,7 +258,7 @@ def wait_for(url: str, *, seconds: float = 30.0, needed: bool = True) -> bool:
     end = time.monotonic() + seconds
     last = ""
     with httpx.Client(trust_env=False, timeout=10.0) as client:
-        while time.monotonic() < end:
+        while time.monotonic() < end and (process is None or process.poll() is None):
             try:
                 answer = client.post(url, json=body, headers={"x-session-id": "s"})
                 if answer.status_code == 200:
