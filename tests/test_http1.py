@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_pool.addresses import BackendAddress
-from trl_pool.http1 import KEEPALIVE_SECONDS, Progress, Sockets
+from trl_pool.http1 import KEEPALIVE_SECONDS, Headers, Progress, Sockets
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -378,6 +378,13 @@ def test_no_connection_within_the_time_is_a_connect_timeout() -> None:
     asyncio.run(go())
 
 
+def test_headers_are_found_in_any_case_and_several_of_a_name_are_one_list() -> None:
+    headers = Headers([(b"Retry-After", b"7"), (b"Via", b"a"), (b"VIA", b"\xe9")])
+    assert (headers["retry-after"], headers.get("RETRY-AFTER"), headers["via"]) == ("7", "7", "a, é")
+    assert ("x" in headers, headers.get("x"), len(headers), list(headers)) == (False, None, 2, ["retry-after", "via"])
+    assert (headers.encoded, Headers([(b"Content-Encoding", b"gzip")]).encoded) == (False, True)
+
+
 # Streamed
 
 
@@ -386,7 +393,7 @@ def test_a_streamed_answer_comes_with_its_head_and_then_in_pieces() -> None:
         script: list[bytes | None] = [CHUNKED, b"1\r\na\r\n", b"1\r\nb\r\n", b"0\r\n\r\n"]
         async with Server(script) as server, sockets_to(server) as sockets:
             incoming = await sockets.open("/x", b"{}", {}, connect_within=5.0, read_within=5.0)
-            assert (incoming.status, incoming.headers) == (200, [(b"transfer-encoding", b"chunked")])
+            assert (incoming.status, dict(incoming.headers)) == (200, {"transfer-encoding": "chunked"})
             pieces = [piece async for piece in incoming.pieces()]
             await incoming.aclose()
             await server.ends[0].wait()

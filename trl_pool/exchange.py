@@ -16,7 +16,7 @@ import httpx
 from .addresses import BackendAddress
 from .config import PoolConfig
 from .errors import AttemptError, Outcome, RequestRejectedError
-from .http1 import KEEPALIVE_SECONDS, Progress, Sockets
+from .http1 import KEEPALIVE_SECONDS, Headers, Progress, Sockets
 from .over_httpx import OverHttpx, httpx_is_patched
 from .sentinel import Sentinel
 
@@ -67,7 +67,7 @@ class Answer:
     """What a backend answered."""
 
     status: int
-    headers: httpx.Headers
+    headers: Mapping[str, str]
     body: bytes
 
 
@@ -77,11 +77,11 @@ class StreamedAnswer:
     Args:
         url (`str`): Of the backend.
         status (`int`): HTTP status.
-        headers (`httpx.Headers`): As they came.
+        headers (`Mapping[str, str]`): As they came.
         pieces (`AsyncIterator[bytes]`): The body.
     """
 
-    def __init__(self, url: str, status: int, headers: httpx.Headers, pieces: AsyncIterator[bytes]) -> None:
+    def __init__(self, url: str, status: int, headers: Mapping[str, str], pieces: AsyncIterator[bytes]) -> None:
         self.status, self.headers = status, headers
         self._url, self._pieces = url, pieces
 
@@ -272,8 +272,8 @@ class Exchange:
         status, raw, content = await self._sockets.fetch(
             method, path, body or b"", headers or {}, connect_within=within, max_idle=max_idle, progress=progress
         )
-        found = httpx.Headers(raw)
-        return Answer(status, found, decoded(found, content))
+        found = Headers(raw)
+        return Answer(status, found, decoded(found, content) if found.encoded else content)
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -301,7 +301,7 @@ class Exchange:
             except FOREIGN as error:
                 raise translate(self.url, error, timeout) from error
             try:
-                yield StreamedAnswer(self.url, incoming.status, httpx.Headers(incoming.headers), incoming.pieces())
+                yield StreamedAnswer(self.url, incoming.status, incoming.headers, incoming.pieces())
             finally:
                 await incoming.aclose()
         finally:
@@ -340,7 +340,7 @@ def stale(progress: Progress, seconds: float) -> bool:
     return progress.reused and not progress.answered and (not progress.sent or seconds < STALE_SECONDS)
 
 
-def decoded(headers: httpx.Headers, body: bytes) -> bytes:
+def decoded(headers: Mapping[str, str], body: bytes) -> bytes:
     """A body without its content encoding, which an intermediary may have put around it.
 
     Raises:
@@ -348,7 +348,7 @@ def decoded(headers: httpx.Headers, body: bytes) -> bytes:
     """
     if "content-encoding" not in headers:
         return body
-    return httpx.Response(200, headers=headers, content=body).content
+    return httpx.Response(200, headers={"content-encoding": headers["content-encoding"]}, content=body).content
 
 
 def translate(url: str, error: BaseException, timeout: float | None) -> AttemptError:

@@ -15,7 +15,7 @@ import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,6 +45,43 @@ _NEXT_ADDRESS_SECONDS = 1.0
 _CLOSE_SECONDS = 1.0
 
 _TARGET = re.compile(r"[!-~]+")
+
+
+class Headers(Mapping[str, str]):
+    """Headers of an answer by their names, in any case. They are looked through when somebody first asks, which of a
+    good answer nobody does.
+
+    Args:
+        raw (`RawHeaders`): As they came.
+    """
+
+    __slots__ = ("_found", "_raw")
+
+    def __init__(self, raw: RawHeaders) -> None:
+        self._raw = raw
+        self._found: dict[str, str] | None = None
+
+    def _values(self) -> dict[str, str]:
+        if self._found is None:
+            self._found = {}
+            for name, value in self._raw:
+                key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+                self._found[key] = f"{self._found[key]}, {text}" if key in self._found else text
+        return self._found
+
+    def __getitem__(self, name: str) -> str:
+        return self._values()[name.lower()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    @property
+    def encoded(self) -> bool:
+        """Whether there is a content encoding around the body."""
+        return any(name.lower() == b"content-encoding" for name, _ in self._raw)
 
 
 @dataclass(slots=True)
@@ -375,7 +412,7 @@ class Incoming:
     """
 
     def __init__(self, connection: _Connection, read_within: float) -> None:
-        self.status, self.headers = connection.status, connection.headers
+        self.status, self.headers = connection.status, Headers(connection.headers)
         self._connection, self._read_within = connection, read_within
 
     async def pieces(self) -> AsyncIterator[bytes]:
