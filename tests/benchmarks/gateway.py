@@ -20,7 +20,7 @@ SUMMARY = "the gateway beside HAProxy, nginx and other routers, measured with wr
 
 DELAY_SECONDS = 0.02
 CONNECTIONS = 16
-LARGE_CONNECTIONS, LARGE_SECONDS = 4, 3
+LARGE_CONNECTIONS = 4
 
 CASES = {
     "A /v1/completions": "the server answers at once: what a request costs in CPU time",
@@ -100,7 +100,6 @@ def _measurement(wrk: str, url: str, fleet: Fleet, seconds: int) -> Callable[[],
     script = Path(__file__).with_name("gateway_post.lua")
     large = fleet.path == LARGE_PATH
     connections = LARGE_CONNECTIONS if large else CONNECTIONS
-    seconds *= LARGE_SECONDS if large else 1
     command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "30", "-s", str(script), url]
 
     def measure() -> dict[str, float]:

@@ -12,7 +12,7 @@ import uvicorn
 
 from ..errors import ConfigurationError
 from .application import create_app
-from .lifecycle import refuse_workers
+from .lifecycle import keep_for_good, refuse_workers
 from .settings import NOT_FOR_GATEWAYS, GatewaySettings
 
 
@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=log_level.upper().replace("TRACE", "DEBUG"), format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for every request and probe
+    app = create_app(settings)
+    keep_for_good()
     uvicorn.run(
-        create_app(settings),
+        app,
         host=host,
         port=port,
         workers=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -23,13 +24,22 @@ def app_from_environment() -> FastAPI:
     """
     try:
         refuse_workers(sys.argv, os.environ)
-        return create_app(GatewaySettings.from_env())
+        app = create_app(GatewaySettings.from_env())
     except ConfigurationError as error:
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid is not None:
             # A supervisor would start this worker again and again.
             os.kill(parent.pid, signal.SIGTERM)
         raise SystemExit(f"trl_pool.server: {error}") from None
+    keep_for_good()
+    return app
+
+
+def keep_for_good() -> None:
+    """Takes all there is out of the garbage collector's sight: modules, models and routes stay until the end, and
+    looking through them again and again holds every request up for tens of milliseconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def refuse_workers(argv: Sequence[str], environ: Mapping[str, str]) -> None:
