@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,3 +174,12 @@ def test_routes_that_are_called_directly_are_documented_like_all_others() -> Non
         twin = path.rstrip("/") if path.endswith("/") else f"{path}/"
         assert (path in documented) != (twin in documented), path
     assert "requestBody" in documented["/generate/"]["post"]
+
+
+def test_what_a_gateways_process_keeps_for_good_is_no_work_for_the_garbage_collector() -> None:
+    """In a process of its own: it cannot be undone for a single test."""
+    code = (
+        "import gc; from trl_pool.server.lifecycle import keep_for_good; keep_for_good(); print(gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) > 10_000
