@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--api-key", default=None, help="vllm: guards /v1, /v2 and /inference")
     add("--weight-transfer", choices=WEIGHT_TRANSFERS, default="control", help="vllm: gloo needs torch")
     add("--unfinished-update", choices=UNFINISHED_UPDATES, default="mixed", help="vllm: what generating meets then")
+    add("--max-num-seqs", type=int, default=256, help="vllm: sequences that run at once; more wait")
     add("--trust-request-chat-template", action="store_true", help="vllm: requests may bring chat templates")
     add("--timeout-keep-alive", type=float, default=5.0, help="seconds until idle connections are closed")
     add("--start-delay", type=float, default=0.0, help="seconds until it listens")
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             weight_transfer=args.weight_transfer,
             unfinished_update=args.unfinished_update,
             trust_request_chat_template=args.trust_request_chat_template,
+            max_num_seqs=args.max_num_seqs,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -58,6 +58,9 @@ class SimConfig:
             state of the server has, `"fatal"` ends the server, as vLLM 0.31 on the CPU does.
         trust_request_chat_template (`bool`, *optional*, defaults to `False`):
             Whether requests may bring a chat template of their own.
+        max_num_seqs (`int`, *optional*, defaults to `256`):
+            Sequences that each of its engines runs at once, told by `/server_info`. What is more waits. A request is
+            let in as a whole, and one of more sequences than that runs by itself.
     """
 
     dialect: str = "trl"
@@ -77,6 +80,7 @@ class SimConfig:
     weight_transfer: str = "control"
     unfinished_update: str = "mixed"
     trust_request_chat_template: bool = False
+    max_num_seqs: int = 256
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -88,7 +92,7 @@ class SimConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if not self.vllm_release:
             raise ValueError(f"vllm_version must begin with a number, got {self.vllm_version!r}")
-        for name in ("max_model_len", "vocab_size", "tensor_parallel_size", "data_parallel_size"):
+        for name in ("max_model_len", "vocab_size", "tensor_parallel_size", "data_parallel_size", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_logprobs < -1:

@@ -46,6 +46,11 @@ class Job:
     aborted: bool = False
 
     @property
+    def sequences(self) -> int:
+        """How many run together."""
+        return len(self.prompts) * self.sampling.n
+
+    @property
     def requests(self) -> int:
         """How many vLLM counts: one per sequence, and one more for the `n` of a prompt together."""
         n = self.sampling.n
@@ -107,6 +112,8 @@ class Scheduler:
             Monotonic seconds.
         sleep (`Callable[[float], Awaitable[None]]`):
             Waits for that many seconds.
+        max_num_seqs (`int`, *optional*, defaults to `256`):
+            Sequences that run at once. Jobs are let in as they came, each as a whole.
     """
 
     def __init__(
@@ -115,10 +122,12 @@ class Scheduler:
         max_model_len: int,
         clock: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]],
+        max_num_seqs: int = 256,
     ) -> None:
         self.paused = False
         self._latency, self._max_model_len = latency, max_model_len
         self._clock, self._sleep = clock, sleep
+        self._max_num_seqs = max_num_seqs
         self._jobs: dict[Job, None] = {}  # a set that keeps its order
         self._stalled = 0
         self._changed = asyncio.Event()
@@ -141,6 +150,11 @@ class Scheduler:
         """Number of jobs that are frozen or queued."""
         return len(self._jobs) - self.running
 
+    def queue(self) -> tuple[int, int]:
+        """Sequences that run, and that wait, as `vllm serve` counts them: no more run than may."""
+        running = min(self._max_num_seqs, sum(job.sequences for job in self._running))
+        return running, sum(job.sequences for job in self._jobs) - running
+
     async def run(self, job: Job, stepwise: bool = False) -> AsyncIterator[Progress]:
         """Run a job.
 
@@ -151,7 +165,7 @@ class Scheduler:
                 Tell after every step, and not only at the end.
         """
         self._jobs[job] = None
-        job.running = not self.paused
+        self._let_in()
         prompt_tokens = sum(map(len, job.prompts))
         told = 0
         try:
@@ -175,7 +189,17 @@ class Scheduler:
                     return
         finally:
             del self._jobs[job]
+            self._let_in()
             self.notify()
+
+    def _let_in(self) -> None:
+        """Have those run for whom there is room, in the order in which they came."""
+        used = sum(job.sequences for job in self._running)
+        for job in () if self.paused else [job for job in self._jobs if not job.running]:
+            if used and used + job.sequences > self._max_num_seqs:
+                break
+            job.running = True
+            used += job.sequences
 
     async def pause(self, mode: str) -> None:
         """Stop scheduling: `keep` freezes what runs, `abort` ends all there is, frozen and queued as well, `wait`
@@ -193,8 +217,7 @@ class Scheduler:
     def resume(self) -> None:
         """Go on with what is frozen or queued."""
         self.paused = False
-        for job in self._jobs:
-            job.running = True
+        self._let_in()
         self.notify()
 
     def abort(self, ids: Iterable[str] | None = None) -> int:

@@ -60,7 +60,7 @@ def _add_information(app: FastAPI, worker: VLLMWorker) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(worker.prefix_cache.metrics(config.model), media_type="text/plain; version=0.0.4")
+        return Response(worker.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -248,5 +248,6 @@ def _vllm_config(worker: VLLMWorker) -> dict[str, Any]:
             "world_size": config.tensor_parallel_size,
             "rank": 0,
         },
+        "scheduler_config": {"max_num_seqs": config.max_num_seqs},
         "weight_transfer_config": transfer,
     }

@@ -69,7 +69,11 @@ class VLLMWorker:
         self.parameters = Parameters(Weights.checkpoint(config.weights))
         # By name, so that whoever takes clock and sleep over later is obeyed.
         self.scheduler = Scheduler(
-            config.latency, config.max_model_len, lambda: self.clock(), lambda seconds: self.sleep(seconds)
+            config.latency,
+            config.max_model_len,
+            lambda: self.clock(),
+            lambda seconds: self.sleep(seconds),
+            config.max_num_seqs * config.data_parallel_size,
         )
         self.prefix_cache = PrefixCache()
         self.adapters: dict[str, Adapter] = {}
@@ -98,6 +102,24 @@ class VLLMWorker:
             "poisoned": self.poisoned,
             "dead_worker": self.dead,
         }
+
+    def metrics(self) -> str:
+        """What `vllm serve` tells at `/metrics`: how many sequences run and wait, and what its prefix cache has
+        found. All engines count as one."""
+        running, waiting = self.scheduler.queue()
+        labels = f'engine="0",model_name="{self.config.model}"'
+        lines = []
+        for name, what, value in (
+            ("running", "Requests that are being generated.", running),
+            ("waiting", "Requests that wait.", waiting),
+        ):
+            metric = f"vllm:num_requests_{name}"
+            lines += [f"# HELP {metric} {what}", f"# TYPE {metric} gauge", f"{metric}{{{labels}}} {float(value)}"]
+        by_reason = "vllm:num_requests_waiting_by_reason"
+        lines += [f"# HELP {by_reason} The same by reason.", f"# TYPE {by_reason} gauge"]
+        for reason, value in (("capacity", waiting), ("deferred", 0)):
+            lines.append(f'{by_reason}{{{labels},reason="{reason}"}} {float(value)}')
+        return "\n".join(lines) + "\n" + self.prefix_cache.metrics(self.config.model)
 
     def forget(self) -> None:
         """There are no counters here."""
