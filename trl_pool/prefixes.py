@@ -36,13 +36,17 @@ def marks(unit: Any) -> list[int]:
     """A prompt's hashes, shallow to deep; none for one that is shorter than the first depth.
 
     Args:
-        unit (`str`, `list[int]`, or `list[dict]`): A prompt, its token ids, or a conversation.
+        unit (`str`, `list[int]`, or `list[dict]`):
+            A prompt, its token ids, or a conversation. Anything else has none: whoever gets it will say what is wrong
+            with it.
     """
     if isinstance(unit, str):
         scale, pieces = CHARS_PER_TOKEN, unit
+    elif not isinstance(unit, Sequence):
+        return []
     elif unit and isinstance(unit[0], dict):
         if not all(isinstance(message, dict) for message in unit):
-            return []  # whoever gets it will say what is wrong with it
+            return []
         scale, pieces = CHARS_PER_TOKEN, conversation_text(unit)
     else:
         scale, pieces = 1, unit
@@ -104,8 +108,8 @@ class PrefixMemory:
         return ()
 
     def forget(self, name: str) -> None:
-        """A backend's cache is empty."""
-        for mark in [mark for mark, names in self._holders.items() if name in names]:
+        """A backend's cache is empty. Of a beginning that too many have it does not matter who they are."""
+        for mark in [mark for mark, names in self._holders.items() if name in names and len(names) <= _MANY]:
             names = self._holders[mark]
             names.remove(name)
             if not names:
