@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 
 from .backend import Backend
@@ -39,7 +40,7 @@ def _sum(metrics: bytes, name: bytes) -> int | None:
             total = (total or 0.0) + float(line.rpartition(b"}")[2].split()[0])
         except (ValueError, IndexError):
             return None
-    return None if total is None else round(total)
+    return round(total) if total is not None and math.isfinite(total) else None
 
 
 async def look(backends: Iterable[Backend], *, timeout: float, clock: Callable[[], float]) -> None:
