@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trl_pool.balancer import affinity_key, least_loaded, shares, split, sticky_order
+from trl_pool.balancer import affinity_key, least_loaded, shares, split, sticky, sticky_order
 from trl_pool.ring import HashRing
 
 RING = HashRing([f"n{i}" for i in range(8)])
@@ -245,6 +245,107 @@ def test_nothing_to_split_is_an_empty_plan() -> None:
     assert split([], 1, {"n0": 0}, RING.walk, random.Random(1)) == {}
 
 
+# Speeds, and what backends are known to have
+
+SPEEDS = st.dictionaries(st.sampled_from([f"n{i}" for i in range(8)]), st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.7]))
+
+
+@given(count=st.integers(0, 200), weight=WEIGHTS, loads=LOADS, speeds=SPEEDS, seed=st.integers(0, 99))
+def test_with_speeds_all_who_get_something_would_end_within_one_prompt_of_each_other(
+    count: int, weight: int, loads: dict[str, int], speeds: dict[str, float], seed: int
+) -> None:
+    given_ = shares(count, weight, loads, random.Random(seed).random, speeds)
+    assert set(given_) == set(loads)
+    assert sum(given_.values()) == count
+
+    def end(name: str, more: int = 0) -> float:
+        return (loads[name] + weight * (given_[name] + more)) / speeds.get(name, 1.0)
+
+    highest = max((end(name) for name in loads if given_[name]), default=0.0)
+    assert all(highest <= end(name, more=1) + 1e-9 for name in loads)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ({}, {"a": 4, "b": 4, "c": 4}),
+        ({"a": 2.0}, {"a": 6, "b": 3, "c": 3}),
+        ({"a": 0.5, "b": 1.0}, {"a": 2, "b": 5, "c": 5}),
+        ({"a": 0.05}, {"a": 0, "b": 6, "c": 6}),
+        ({"a": 2.0, "b": 2.0, "c": 2.0}, {"a": 4, "b": 4, "c": 4}),
+        ({"nobody": 9.0}, {"a": 4, "b": 4, "c": 4}),
+    ],
+)
+def test_a_backend_gets_as_much_as_it_is_fast(speeds: dict[str, float], expected: dict[str, int]) -> None:
+    assert shares(12, 4, dict.fromkeys("abc", 0), random.Random(1).random, speeds) == expected
+
+
+HOLDERS = st.lists(st.sampled_from([*(f"n{i}" for i in range(8)), "gone"]), max_size=4)
+
+
+@settings(max_examples=200)
+@given(
+    prompts=st.lists(st.tuples(st.sampled_from([f"prompt {i}" for i in range(12)]), HOLDERS), max_size=60),
+    weight=WEIGHTS,
+    loads=LOADS,
+    speeds=SPEEDS,
+    seed=st.integers(0, 99),
+)
+def test_whoever_has_what_and_is_how_fast_a_split_gives_each_its_share_and_every_prompt_once(
+    prompts: list[tuple[str, list[str]]],
+    weight: int,
+    loads: dict[str, int],
+    speeds: dict[str, float],
+    seed: int,
+) -> None:
+    keys, holders = [key for key, _ in prompts], [names for _, names in prompts]
+    plan = split(keys, weight, loads, RING.walk, random.Random(seed), speeds=speeds, holders=holders)
+    assert sorted(index for indices in plan.values() for index in indices) == list(range(len(keys)))
+    assert all(indices and indices == sorted(indices) for indices in plan.values())
+    assert set(plan) <= set(loads)
+    expected = shares(len(keys), weight, loads, random.Random(seed).random, speeds)
+
+    def end(name: str, count: int) -> float:
+        return (loads[name] + weight * count) / speeds.get(name, 1.0)
+
+    # Which of several that would end last, at the same time, gets a seat more is the prompts' affinity's to say.
+    last = max((end(name, count) for name, count in expected.items() if count), default=0.0)
+    for name, count in expected.items():
+        got = len(plan.get(name, ()))
+        assert got == count or (abs(got - count) == 1 and end(name, max(got, count)) == pytest.approx(last))
+
+
+@given(order=st.permutations(range(24)), weight=WEIGHTS, seed=st.integers(0, 99))
+def test_prompts_go_to_whoever_has_their_beginning_and_not_where_the_ring_says(
+    order: list[int], weight: int, seed: int
+) -> None:
+    names = [f"n{i}" for i in range(8)]
+    holders = [[names[i % 8]] for i in order]
+    plan = split(["same"] * 24, weight, dict.fromkeys(names, 0), RING.walk, random.Random(seed), holders=holders)
+    assert plan == {name: [k for k in range(24) if holders[k] == [name]] for name in plan}
+    assert len(plan) == 8
+
+
+def test_of_several_holders_the_one_with_most_room_is_taken_and_the_rest_go_elsewhere() -> None:
+    loads = {"n0": 6, "n1": 2, "n2": 0}
+    plan = split(["k"] * 10, 1, loads, RING.walk, random.Random(1), holders=[["n0", "n1"]] * 10)
+    # All end with six; n0 has that already, n1 has room for four.
+    assert plan == {"n1": [0, 1, 2, 3], "n2": [4, 5, 6, 7, 8, 9]}
+
+
+def test_prompts_whose_beginning_somebody_has_are_placed_before_those_that_do_as_well_anywhere() -> None:
+    first, second = (name for name in RING.walk("same") if name in ("n0", "n1"))
+    plan = split(
+        ["same"] * 4,
+        1,
+        {"n0": 0, "n1": 0},
+        RING.walk,
+        random.Random(1),
+        holders=[[], [], [first], [first]],
+    )
+    assert plan == {first: [2, 3], second: [0, 1]}
+
+
 # One server
 
 
@@ -296,3 +397,88 @@ def test_the_least_loaded_come_first_and_equals_in_random_order() -> None:
     firsts = Counter(least_loaded({"x": 9, "a": 1, "b": 1, "c": 1}, rng)[0] for _ in range(300))
     assert set(firsts) == {"a", "b", "c"}
     assert min(firsts.values()) > 60
+
+
+class Sticky:
+    """`sticky` with eight servers of the given loads; the others cannot take anything."""
+
+    def __init__(self, loads: dict[str, int], **options: object) -> None:
+        self.loads = loads
+        self.asked: list[str] = []
+        self.options: dict[str, object] = {
+            "mean": sum(loads.values()) / max(1, len(loads)),
+            "weight": 1,
+            "factor": 1.25,
+            "keep": False,
+            "rng": random.Random(1),
+            "names": [f"n{i}" for i in range(8)],
+            **options,
+        }
+
+    def load(self, name: str) -> int | None:
+        self.asked.append(name)
+        return self.loads.get(name)
+
+    def __call__(self, key: str, *holders: str) -> str | None:
+        return sticky(RING.walk(key), holders, self.load, **self.options)  # type: ignore[arg-type]
+
+
+EVEN = {f"n{i}": 8 for i in range(8)}
+
+
+def test_a_request_goes_to_the_least_loaded_of_those_who_have_its_beginning() -> None:
+    choose = Sticky({**EVEN, "n3": 9, "n4": 7})
+    assert choose("k", "n3", "n4", "n5") == "n4"
+    assert choose("k", "gone", "n3") == "n3"
+    assert choose.asked == ["n3", "n4", "n5", "gone", "n3"], "nobody else is looked at"
+
+
+@pytest.mark.parametrize(
+    ("holders", "load", "kept"),
+    # The mean is 8: three holders may have 1.25 × 8 + 1, two or one a quarter more, 1.25 × 1.25 × 8 + 1.
+    [(1, 13, True), (2, 13, True), (1, 14, False), (3, 11, True), (3, 12, False)],
+)
+def test_a_holder_is_left_when_it_has_too_much_above_the_mean_more_so_if_others_have_it_too(
+    holders: int, load: int, kept: bool
+) -> None:
+    names = [f"n{i}" for i in range(holders)]
+    choose = Sticky({**EVEN, **dict.fromkeys(names, load)}, mean=8.0)
+    assert (choose("k", *names) in names) is kept
+
+
+@given(key=st.sampled_from([f"key {i}" for i in range(20)]))
+def test_without_holders_evenness_comes_first_unless_the_place_is_to_be_kept(key: str) -> None:
+    home, second = list(RING.walk(key))[:2]
+    above = {**EVEN, home: 9}  # above the mean, within 1.25 × of it
+    assert Sticky(above, mean=8.0)(key) == second
+    assert Sticky(above, mean=8.0, keep=True)(key) == home
+    assert Sticky({**EVEN, home: 12}, mean=8.0, keep=True)(key) == second
+    assert Sticky(EVEN, mean=8.0)(key) == home
+
+
+def test_where_everybody_near_is_crowded_the_least_loaded_of_a_few_drawn_by_lot_is_taken() -> None:
+    found = Counter(Sticky({**EVEN, "n2": 5, "n6": 5}, mean=4.0, rng=random.Random(seed))("k") for seed in range(300))
+    assert found["n2"] + found["n6"] > 240
+    assert min(found["n2"], found["n6"]) > 60
+
+
+@given(
+    loads=LOADS,
+    holders=st.lists(st.sampled_from([f"n{i}" for i in range(8)]), max_size=5),
+    mean=st.floats(0, 70),
+    keep=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_whoever_is_chosen_can_take_it(
+    loads: dict[str, int], holders: list[str], mean: float, keep: bool, seed: int
+) -> None:
+    found = Sticky(loads, mean=mean, keep=keep, rng=random.Random(seed))("key", *holders)
+    assert found is None or found in loads
+    if mean >= max(loads.values()):
+        assert found is not None, "somebody on the walk is within any bound"
+
+
+def test_when_none_of_those_looked_at_can_take_it_nobody_is_chosen() -> None:
+    choose = Sticky({}, names=[])
+    assert choose("k", "n1") is None
+    assert set(choose.asked) == set(EVEN)

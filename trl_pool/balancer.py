@@ -125,7 +125,7 @@ def split(
     Returns:
         `dict[str, list[int]]`: Indices of prompts per backend, ascending; backends without work are left out.
     """
-    seats = _Seats(shares(len(keys), weight, loads, rng.random, speeds), weight, loads)
+    seats = _Seats(shares(len(keys), weight, loads, rng.random, speeds), weight, loads, speeds or {})
     rest: list[int] = []
     # Those whose place is known first: the others do as well anywhere.
     for index, names in enumerate(holders or [()] * len(keys)):
@@ -171,17 +171,20 @@ class _Walk:
 class _Seats:
     """Room that is left while a batch is spread.
 
-    Seats at the highest level are drawn by lot between equals; whom they go to, the prompts' affinity may say.
+    Seats that end last are drawn by lot between equals; whom they go to, the prompts' affinity may say.
     """
 
-    def __init__(self, room: dict[str, int], weight: int, loads: Mapping[str, int]) -> None:
+    def __init__(self, room: dict[str, int], weight: int, loads: Mapping[str, int], speeds: Mapping[str, float]) -> None:
         self._room = room
         self.placed: dict[str, list[int]] = {}
-        top = max((loads[name] + weight * count for name, count in room.items() if count), default=0)
-        self._takers = {name for name, count in room.items() if loads[name] + weight * (count + 1) == top}
+        # With its last seat, and with one more.
+        ends = {name: (loads[name] + weight * count) / speeds.get(name, 1.0) for name, count in room.items()}
+        more = {name: (loads[name] + weight * (count + 1)) / speeds.get(name, 1.0) for name, count in room.items()}
+        top = max((ends[name] for name, count in room.items() if count), default=0.0)
+        self._takers = {name for name, end in more.items() if end == top}
         self._extra = 0
         for name, count in room.items():
-            if count and loads[name] + weight * count == top:
+            if count and ends[name] == top:
                 room[name] -= 1
                 self._takers.add(name)
                 self._extra += 1
