@@ -247,7 +247,9 @@ def test_nothing_to_split_is_an_empty_plan() -> None:
 
 # Speeds, and what backends are known to have
 
-SPEEDS = st.dictionaries(st.sampled_from([f"n{i}" for i in range(8)]), st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.7]))
+SPEEDS = st.dictionaries(
+    st.sampled_from([f"n{i}" for i in range(8)]), st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.7])
+)
 
 
 @given(count=st.integers(0, 200), weight=WEIGHTS, loads=LOADS, speeds=SPEEDS, seed=st.integers(0, 99))

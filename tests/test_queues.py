@@ -44,7 +44,9 @@ def test_the_two_gauges_are_found_among_all_the_others() -> None:
 
 
 def test_several_engines_are_added_up() -> None:
-    lines = [b'%s{engine="%d",model_name="m"} %d.0' % (name, i, i + 1) for name in (RUNNING, WAITING) for i in range(3)]
+    lines = [
+        b'%s{engine="%d",model_name="m"} %d.0' % (name, i, i + 1) for name in (RUNNING, WAITING) for i in range(3)
+    ]
     assert parse(b"\n" + b"\n".join(lines)) == (6, 6)
 
 

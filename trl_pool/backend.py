@@ -229,7 +229,7 @@ class Backend:
 
     def reweigh(self, lease: Lease, weight: int) -> None:
         """A lease turns out to be for more completions than was thought, or for fewer."""
-        if self.queue is not None:
+        if self.queue is not None and lease in self._leases:
             self.queue.changed += weight - lease.weight
         self._leases.reweigh(lease, weight)
 
@@ -257,7 +257,7 @@ class Backend:
             lengths (`Sequence[int]`, *optional*): Tokens of its completions, where they are known.
         """
         if self.queue is not None:
-            self.queue.answered(lease.started, self._clock(), lengths or (1,))
+            self.queue.answered(lease.started, self._clock(), lengths or (1,) * lease.weight)
         self.health.served()
         self._busy_streak = 0
         self._prompts += prompts

@@ -57,7 +57,7 @@ class Queue:
             lengths (`Sequence[int]`): Tokens of each of its completions. Those that ended before the server was asked
                 were not in its count any more.
         """
-        longest = max(lengths)
+        longest = max(lengths, default=0)
         token_seconds = (now - sent_at) / max(1, longest)
         self.changed -= sum(now - (longest - length) * token_seconds > self.at for length in lengths)
 
