@@ -187,7 +187,7 @@ class Schedule:
         self._looked = now
         self._present = self._standing()
         paces = {name: self._expected(name, standing, now) for name, standing in self._present.items()}
-        known = {name: seconds for name, seconds in paces.items() if seconds is not None}
+        known = {name: seconds for name, seconds in paces.items() if seconds}
         quickest = min(known.values(), default=0.0)
         rate = sum(standing.load / known[name] for name, standing in self._present.items() if name in known)
         self._slow = {}
