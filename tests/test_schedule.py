@@ -81,12 +81,13 @@ class Books:
     ) -> None:
         self.clock, self.pace = Clock(), pace or Pace()
         self.present = standing or {name: Standing(0, None) for name in homes}
+        self.loads = {name: its.load for name, its in self.present.items()}
         self.schedule = Schedule(
             homes,
             weight,
             pace=self.pace,
             standing=lambda: self.present,
-            load=lambda name: self.present[name].load if name in self.present else 0,
+            load=lambda name: self.loads.get(name, 0),
             clock=self.clock,
         )
 
@@ -128,13 +129,15 @@ def test_no_more_is_taken_than_makes_both_even_and_what_is_reserved_is_left(rese
     assert books.schedule.take("a", 9, reserve=reserve) == taken
 
 
-@pytest.mark.parametrize("what", ["idle", "gone", "slow"])
+@pytest.mark.parametrize("what", ["idle", "gone", "ejected", "slow"])
 def test_all_may_be_taken_of_one_that_does_nothing_or_is_gone_or_slow(what: str) -> None:
     standing = {"a": Standing(4, 99.9), "b": Standing(0 if what == "idle" else 4, 99.9)}
     pace = paced(a=1.0, b=100.0, spread=3.0) if what == "slow" else None
     if what == "gone":
         del standing["b"]
     books = Books({"b": [0, 1, 2]}, pace=pace, **standing)
+    if what == "ejected":
+        del books.present["b"]  # which still has its work out
     assert books.schedule.take("a", 9, reserve=99) == [2, 1, 0]
     assert books.schedule.held == 0
     assert books.schedule.take("a", 9) == []
