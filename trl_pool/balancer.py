@@ -174,7 +174,9 @@ class _Seats:
     Seats that end last are drawn by lot between equals; whom they go to, the prompts' affinity may say.
     """
 
-    def __init__(self, room: dict[str, int], weight: int, loads: Mapping[str, int], speeds: Mapping[str, float]) -> None:
+    def __init__(
+        self, room: dict[str, int], weight: int, loads: Mapping[str, int], speeds: Mapping[str, float]
+    ) -> None:
         self._room = room
         self.placed: dict[str, list[int]] = {}
         # With its last seat, and with one more.

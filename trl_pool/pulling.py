@@ -60,14 +60,18 @@ class Pull:
 
     def begin(self, lease: Lease) -> list[int]:
         """The first piece of a backend that has a lease for all of its share: the whole share if there is room for it
-        now, else a small one."""
+        now, else a small one. None, and the lease is given back, if it would end anything later than the others
+        have done everything."""
         backend = lease.backend
-        backend.reweigh(lease, 0)
+        free = self._room(backend) + lease.weight
         share = self.schedule.share(backend.name)
-        whole = share * self._want.weight <= self._room(backend)
-        piece = self.schedule.take(backend.name, share if whole else self._size(backend))
-        backend.reweigh(lease, len(piece) * self._want.weight)
-        self._sent(lease)
+        whole = share * self._want.weight <= free
+        piece = self.schedule.take(backend.name, share if whole else self._size(free))
+        if piece:
+            backend.reweigh(lease, len(piece) * self._want.weight)
+            self._sent(lease)
+        else:
+            backend.release_unused(lease)
         return piece
 
     def take(self) -> tuple[Lease, list[int]] | None:
@@ -103,10 +107,10 @@ class Pull:
         share = self.schedule.share(backend.name)
         whole = not self._out.get(backend.name) and 0 < share * weight <= free
         reserve = int(SURPLUS * backend.max_num_seqs) // weight
-        return self.schedule.take(backend.name, share if whole else self._size(backend), reserve=reserve)
+        return self.schedule.take(backend.name, share if whole else self._size(free), reserve=reserve)
 
-    def _size(self, backend: Backend) -> int:
-        return max(1, min(PIECE, self._room(backend)) // self._want.weight)
+    def _size(self, free: int) -> int:
+        return max(1, min(PIECE, free) // self._want.weight)
 
     def _room(self, backend: Backend) -> int:
         fresh = backend.queue is not None and self._clock() - backend.queue.at < _STALE_SECONDS

@@ -241,7 +241,9 @@ class Rollout:
         try:
             async with asyncio.TaskGroup() as group:
                 for lease, _ in shards:
-                    group.create_task(self._serve_shard(lease, pull.begin(lease)))
+                    piece = pull.begin(lease)
+                    if piece:
+                        group.create_task(self._serve_shard(lease, piece))
                 while pull.schedule.held:
                     try:
                         lease, piece = await self._dispatcher.patiently(pull.take, self._lane, until=self._deadline)
