@@ -226,6 +226,27 @@ async def test_a_gate_that_does_not_drain_keeps_prompts_back_and_one_that_does_o
     assert call.fill() > 0
 
 
+@in_a_loop
+async def test_a_call_that_is_cancelled_in_the_moment_in_which_it_is_given_a_piece_leaves_no_lease_behind() -> None:
+    call = Call("a", "b", prompts=60)
+    pull = call.begin()
+    call.fill()
+    until = call.clock() + 100
+    waiting = asyncio.create_task(call.dispatcher.patiently(pull.take, Lane.GENERATE, until=until))
+    await asyncio.sleep(0)
+    assert call.dispatcher.waiting == 1
+    before = sum(b.inflight for b in call.backends)
+    call.answer()  # has the waiting looked at, in the next round of the loop
+    asyncio.get_running_loop().call_soon(waiting.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert sum(b.inflight for b in call.backends) == before, "one ended, one was given and nobody knows of it"
+    pull.release()
+    assert [(b.inflight, b.load, b.slots_taken) for b in call.backends] == [(0, 0, 0)] * 2
+    assert call.dispatcher.tally.total == 0
+    call.dispatcher.close()
+
+
 def test_the_pieces_of_a_call_share_one_slot_of_each_server() -> None:
     call = Call("a", "b", prompts=120, max_inflight_per_backend=1, max_num_seqs=32)
     call.begin()

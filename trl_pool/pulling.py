@@ -150,6 +150,13 @@ class Pull:
         backend = self._dispatcher.backends.get(name)
         return 0 if backend is None else backend.load
 
+    def release(self) -> None:
+        """Gives back every lease that it has given and that nobody has ended: at the end of the call, however that
+        came, there may be one that never reached it."""
+        for leases in self._out.values():
+            for lease in leases:
+                lease.backend.release_unused(lease)
+
     async def watch(self) -> None:
         """Looks at the servers' queues, again and again."""
         while True:

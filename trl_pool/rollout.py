@@ -237,7 +237,6 @@ class Rollout:
             each, shards, dispatcher=self._dispatcher, clock=self._clock, timeout=self._config.health_timeout
         )
         watch = asyncio.create_task(pull.watch())
-        taken: list[Lease] = []
         try:
             async with asyncio.TaskGroup() as group:
                 for lease, _ in shards:
@@ -251,12 +250,10 @@ class Rollout:
                         self._no_backend = error
                         self._given_up.update(pull.schedule.drop())
                         break
-                    taken.append(lease)
                     group.create_task(self._serve_shard(lease, piece))
         finally:
             watch.cancel()
-            for lease in taken:
-                lease.backend.release_unused(lease)
+            pull.release()
 
     def _is_large(self) -> bool:
         """Whether the batch is more than the servers can run at once, and they work on many requests at a time."""
