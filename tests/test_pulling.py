@@ -195,6 +195,22 @@ async def test_a_backend_that_would_be_late_with_anything_gets_nothing_at_all() 
 
 
 @in_a_loop
+async def test_when_only_breakers_stand_in_the_way_the_first_whose_time_is_up_is_tried_and_not_waited_for() -> None:
+    call = Call("a", "b", prompts=60, fail_eject_threshold=1, cooldown_seconds=1000.0)
+    call.begin()
+    call.fill()
+    while call.out:
+        call.fail()
+        call.clock.now += 0.01
+    assert [b.breaker.allows() for b in call.backends] == [False, False]
+    assert call.fill() == 1, "one at a time"
+    (lease, _), *_ = call.out
+    call.answer()
+    assert lease.backend.breaker.state.value == "closed" or call.fill() >= 1
+    assert call.fill() >= 1
+
+
+@in_a_loop
 async def test_it_raises_when_nobody_is_left_to_wait_for_but_not_while_something_is_out() -> None:
     call = Call("a", "b", prompts=60)
     call.begin()

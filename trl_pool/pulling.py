@@ -90,15 +90,24 @@ class Pull:
             backend = self._dispatcher.takes(name, self._want)
             piece = [] if backend is None else self._piece(backend)
             if backend is not None and piece:
-                lease = backend.take(
-                    self._want.lane, len(piece) * self._want.weight, owner=self._want.owner, shares_slot=True
-                )
-                self._sent(lease)
-                return lease, piece
+                return self._leased(backend, piece), piece
             self._hungry.discard(name)
         if not any(self._out.values()):
-            self._dispatcher.candidates(self._want)
+            found = self._dispatcher.candidates(self._want)
+            # Where breakers alone keep all away, waiting for a cooldown helps nobody. A piece that failed may be on
+            # trial somewhere already.
+            if found.forced and not any(b.leased_to(self._want.owner) for b in self._dispatcher.backends.values()):
+                for backend in found.ready.values():
+                    piece = self._piece(backend)
+                    if piece:
+                        return self._leased(backend, piece, force=True), piece
         return None
+
+    def _leased(self, backend: Backend, piece: Sequence[int], *, force: bool = False) -> Lease:
+        want = self._want
+        lease = backend.take(want.lane, len(piece) * want.weight, owner=want.owner, shares_slot=True, force=force)
+        self._sent(lease)
+        return lease
 
     def _piece(self, backend: Backend) -> list[int]:
         free, weight = self._room(backend), self._want.weight
