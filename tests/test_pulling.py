@@ -195,6 +195,26 @@ async def test_a_backend_that_would_be_late_with_anything_gets_nothing_at_all() 
 
 
 @in_a_loop
+async def test_what_a_server_held_that_asks_to_be_left_alone_goes_to_the_others() -> None:
+    call = Call("a", "b", prompts=200, max_num_seqs=64)
+    call.begin()
+    call.fill()
+
+    def of(name: str) -> list[int]:
+        return [place for place, (lease, _) in enumerate(call.out) if lease.backend.name == name]
+
+    assert call.pull.schedule.share("a:8000") == 20
+    call.fail(of("a:8000")[0], Outcome.BUSY, retry_after=1000.0)
+    while len(of("a:8000")) > 1:
+        call.answer(of("a:8000")[0])
+    while of("b:8000"):
+        call.answer(of("b:8000")[0])
+        call.fill()
+    assert call.pull.schedule.held == 0, "a has one request out, and takes no other for a long time"
+    assert len(of("a:8000")) == 1
+
+
+@in_a_loop
 async def test_when_only_breakers_stand_in_the_way_the_first_whose_time_is_up_is_tried_and_not_waited_for() -> None:
     call = Call("a", "b", prompts=60, fail_eject_threshold=1, cooldown_seconds=1000.0)
     call.begin()

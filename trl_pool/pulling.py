@@ -151,7 +151,8 @@ class Pull:
     def _standing(self) -> dict[str, Standing]:
         found = {}
         for name, backend in self._dispatcher.backends.items():
-            if backend.why_ineligible() is None and backend.breaker.allows():
+            able = backend.why_ineligible() is None and backend.breaker.allows()
+            if able and not backend.seconds_busy():  # who asked to be left alone cannot come for its share
                 found[name] = Standing(backend.load, min(self._out.get(name, {}).values(), default=None))
         return found
 
