@@ -6,13 +6,12 @@ import asyncio
 
 import httpx
 import pytest
+from dispatching import fleet_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_pool.queues import look, parse
 from trl_pool.schedule import Queue
-
-from dispatching import fleet_of
 
 REAL = b"""# HELP python_info Python platform information
 # TYPE python_info gauge
