@@ -151,6 +151,20 @@ def test_whoever_served_a_beginning_again_is_known_once() -> None:
     assert (len(memory), repr(memory)) == (2, "<PrefixMemory 2 of 100 beginnings>")
 
 
+def test_who_did_not_serve_a_prompt_after_all_is_not_taken_for_who_has_it() -> None:
+    memory = PrefixMemory(100)
+    one, other = chains(2)
+    memory.served(one, "a")
+    memory.served(other, "a")
+    memory.missed(one, "a")
+    memory.served(one, "b")
+    assert memory.holders([*one, 7]) == ["b"]
+    assert memory.holders(other) == ["a"]
+    for missed in (one, [5], []):
+        memory.missed(missed, "b")
+    assert memory.holders(one) == ["a", "b"], "a shorter beginning they both have"
+
+
 @given(
     entries=st.integers(0, 12),
     prompts=st.lists(st.tuples(st.lists(st.integers(0, 30), max_size=6), st.sampled_from(NAMES)), max_size=60),

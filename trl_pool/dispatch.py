@@ -273,7 +273,6 @@ class Dispatcher:
         backend = None if name is None else self.takes(name, want)
         if backend is None:
             return None
-        self.memory.served(want.marks, backend.name)
         return backend.take(want.lane, want.weight, owner=want.owner, shares_slot=want.shares_slot)
 
     def _mean_load(self) -> float:
@@ -342,9 +341,6 @@ class Dispatcher:
                     want.lane, 0, owner=want.owner, shares_slot=want.shares_slot, force=found.forced
                 )
             lease.backend.reweigh(lease, want.weight * len(indices))
-            if marks is not None:
-                for index in indices:
-                    self.memory.served(marks[index], name)
             taken.append((lease, indices))
         for lease in held.values():  # it waited, and others turned out to be emptier
             lease.backend.release_unused(lease)

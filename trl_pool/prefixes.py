@@ -40,6 +40,7 @@ def marks(unit: Any) -> list[int]:
             A prompt, its token ids, or a conversation. Anything else has none: whoever gets it will say what is wrong
             with it.
     """
+    pieces: Sequence[Any]
     if isinstance(unit, str):
         scale, pieces = CHARS_PER_TOKEN, unit
     elif not isinstance(unit, Sequence):
@@ -98,6 +99,15 @@ class PrefixMemory:
             holders.move_to_end(mark)
             if name not in names and len(names) <= _MANY:
                 names.append(name)
+
+    def missed(self, prompt_marks: Sequence[int], name: str) -> None:
+        """A backend did not serve a prompt that it got. Its beginnings it may have from others, but not all of it."""
+        for mark in prompt_marks[-1:]:
+            names = self._holders.get(mark)
+            if names is not None and name in names and len(names) <= _MANY:
+                names.remove(name)
+                if not names:
+                    del self._holders[mark]
 
     def holders(self, prompt_marks: Sequence[int]) -> Sequence[str]:
         """Who has the longest beginning of a prompt that anybody has; nobody, if that tells nobody apart."""

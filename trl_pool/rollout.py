@@ -148,6 +148,7 @@ class Rollout:
         self._given_up: set[int] = set()
         self._charged: set[str] = set()
         self._suspicions: list[_Suspicion] = []
+        self._beginnings: Sequence[Sequence[int]] = ()  # marks per prompt, where they are of use
         self._began = 0.0
         self._pull: Pull | None = None
         self._shares: dict[str, tuple[float, int, int]] = {}  # seconds, tokens, longest: of shares that were whole
@@ -197,13 +198,14 @@ class Rollout:
         whole = self._route.session_id is not None or not self._config.split_batches
         pulls = not whole and self._is_large()
         each = self._want(indices[:1], pulls=pulls)
+        if self._remembers():
+            self._beginnings = [prefixes.marks(unit) for unit in self._job.units]
         if whole or len(indices) == 1:
-            marks = () if self._route.session_id is not None else self._marks(self._job.units[0])
-            want = self._want(indices, key=keys[0], marks=marks)
+            want = self._want(indices, key=keys[0], marks=self._beginnings[0] if self._beginnings else ())
             lease = await self._dispatcher.lease(want, until=self._deadline, new_call=True)
             shards = [(lease, indices)]
         else:
-            beginnings = [self._marks(unit) for unit in self._job.units] if self._remembers() else None
+            beginnings = self._beginnings or None
             try:
                 shards = self._dispatcher.split(each, keys, beginnings)
             except NoBackendAvailableError:
@@ -267,13 +269,11 @@ class Rollout:
         """Whether it is worth knowing who has which beginning of a prompt."""
         return (
             self._config.prefix_memory > 0
+            and self._route.session_id is None
             and self._lane is Lane.GENERATE
             and self._job.endpoint is not Endpoint.RENDER
             and len(self._dispatcher.backends) > 1
         )
-
-    def _marks(self, unit: Any) -> Sequence[int]:
-        return prefixes.marks(unit) if self._remembers() else ()
 
     def _learn(self) -> None:
         """What the call says about the servers' speed, if each had its share from the beginning to the end."""
@@ -395,6 +395,10 @@ class Rollout:
         """Sends a piece on a lease, gives the lease back, and keeps the books."""
         backend = lease.backend
         started = self._clock()
+        if self._beginnings:
+            # Not where they were planned for: another may have come for them, or taken them over.
+            for index in piece:
+                self._dispatcher.memory.served(self._beginnings[index], backend.name)
         try:
             answer = await backend.post(
                 lease,
@@ -459,6 +463,9 @@ class Rollout:
             self._charged.add(backend.name)
         if self._pull is not None:
             self._pull.ended(lease)
+        if self._beginnings:
+            for index in piece:
+                self._dispatcher.memory.missed(self._beginnings[index], backend.name)
         backend.failed(error)
         backend.release(lease, Verdict.FAILURE if charged else Verdict.NEUTRAL, reason=reason)
         if outcome is Outcome.BUSY:
