@@ -4,6 +4,13 @@ A gateway spends its time here, so this is what makes it fast: a request is one 
 heads are parsed in C (llhttp, by way of httptools, which uvicorn uses too); a body whose length is known is not parsed
 at all, and copied once. No redirects, no cookies, no time-outs but the one for connecting, no second try of anything:
 all that is decided above, in [`exchange`]. Errors are those of httpx, so that there is one table of them.
+
+Why not a library's client. A pool has to know of every request whether it left on a used connection and how far it
+came, and must send a control call once and not again; and a gateway has to add little to it. httpx moves about 600
+answers of 51 KB a second. aiohttp was tried in this place: it sends a GET again by itself, takes what a server says
+unasked for the answer to the next request, and wants much code around it to be kept from that; a request waited 2.1 ms
+longer in the gateway (here 1.0), and answers of 20 MB came at half of a direct connection's rate (here 0.8), since
+they are copied twice more.
 """
 
 from __future__ import annotations

@@ -445,9 +445,12 @@ class AsyncVLLMClientPool(TrainedFleet):
             yield streamed
 
     async def _value(self, job: Job, route: Route, progress: bool | None, what: str) -> dict[str, Any]:
+        value: dict[str, Any]
         if not (self.config.progress if progress is None else progress):
-            return (await self.submit(job, route=route)).value
+            value = (await self.submit(job, route=route)).value
+            return value
         from tqdm import tqdm
 
         with tqdm(total=len(job.units), desc=what, unit="prompt", leave=False) as bar:
-            return (await self.submit(job, route=route, progress=bar)).value
+            value = (await self.submit(job, route=route, progress=bar)).value
+        return value

@@ -8,6 +8,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from . import balancer, prefixes, retry
 from .backend import Backend
 from .breaker import Verdict
@@ -62,11 +64,11 @@ class RolloutResult:
     """What a call gave.
 
     Args:
-        value (`dict`): The merged answer.
+        value (`dict` or `msgspec.Raw`): The merged answer; JSON as it came, of a raw job that one request served.
         backends (`tuple[str, ...]`): Names of the backends that served it, in the order of the prompts.
     """
 
-    value: dict[str, Any]
+    value: Any
     backends: tuple[str, ...]
 
 
@@ -149,6 +151,7 @@ class Rollout:
         self._charged: set[str] = set()
         self._suspicions: list[_Suspicion] = []
         self._beginnings: Sequence[Sequence[int]] = ()  # marks per prompt, where they are of use
+        self._whole: msgspec.Raw | None = None  # an answer to all of it, to be passed on as it came
         self._began = 0.0
         self._pull: Pull | None = None
         self._shares: dict[str, tuple[float, int, int]] = {}  # seconds, tokens, longest: of shares that were whole
@@ -178,7 +181,8 @@ class Rollout:
                 raise self._no_backend
             raise self._failure(RolloutError, str(self._no_backend or ""))
         names = dict.fromkeys(name for name in self._served_by if name is not None)
-        return RolloutResult(self._dialect.merge(self._job, self._answers), tuple(names))
+        value = self._dialect.merge(self._job, self._answers) if self._whole is None else self._whole
+        return RolloutResult(value, tuple(names))
 
     def report(self) -> RolloutReport:
         """Who answered what, as far as it has come."""
@@ -420,6 +424,8 @@ class Rollout:
             cut_short = error.outcome is Outcome.TIMED_OUT and now >= self._deadline
             self._failed(lease, piece, error, now - started, charge=not cut_short)
             return error.outcome
+        if self._job.raw and len(piece) == len(self._answers):
+            self._whole = msgspec.Raw(answer.body)  # checked above; nobody has to write it anew
         self._succeeded(lease, piece, answers)
         return Outcome.OK
 
