@@ -221,7 +221,8 @@ class Ours(Policy):
                     else:
                         committed = False
                     reserve = int(SURPLUS * self.max_num_seqs[name]) // weight
-                    indices = schedule.take(name, size, reserve=reserve) if free >= weight else []
+                    able = free >= weight or not self.loads[name]  # one that does nothing can always take one
+                    indices = schedule.take(name, size, reserve=reserve) if able else []
                     if not indices:
                         hungry.remove(name)
                         continue
