@@ -90,7 +90,7 @@ def test_the_dialect_is_found_out_by_asking(vllm_fleet: Fleet, fleet: Fleet, mak
     assert (old._pool.dialect.name, old.model) == ("trl", None)
     identities = {backend.identity for backend in new._pool._dispatcher.backends.values()}
     assert identities == {
-        Identity("vllm", "sim-model", 4096, "processed_logprobs", "bfloat16", "control", "0.31.0", development=True)
+        Identity("vllm", "sim-model", 4096, "processed_logprobs", "bfloat16", "control", "0.31.0", 256, True)
     }
 
 
