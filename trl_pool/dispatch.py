@@ -250,15 +250,20 @@ class Dispatcher:
 
     def _lease_quickly(self, want: Want) -> Lease | None:
         """A lease on the home, or on the sticky backend, if that is as it should be."""
+        able: dict[str, Backend] = {}
+
+        def load(name: str) -> int | None:
+            backend = self.takes(name, want)
+            if backend is None:
+                return None
+            able[name] = backend
+            return backend.load
+
         name: str | None = None
         if want.home is not None:
             name = want.home
+            load(name)
         elif want.key is not None:
-
-            def load(name: str) -> int | None:
-                backend = self.takes(name, want)
-                return None if backend is None else backend.load
-
             name = balancer.sticky(
                 self.ring.walk(want.key),
                 self.memory.holders(want.marks),
@@ -270,7 +275,7 @@ class Dispatcher:
                 rng=self._rng,
                 names=self._names,
             )
-        backend = None if name is None else self.takes(name, want)
+        backend = None if name is None else able.get(name)
         if backend is None:
             return None
         return backend.take(want.lane, want.weight, owner=want.owner, shares_slot=want.shares_slot)
