@@ -87,7 +87,9 @@ class Gateway:
         self.address: tuple[str, int] = self._socket.getsockname()
         self.url = "http://{}:{}".format(*self.address)
         self.client = http(self.url)
-        config = uvicorn.Config(create_app(self.settings, transport=transport), log_config=None, log_level="warning")
+        # Not uvloop: within this process what it has not closed yet when it ends is found by another test.
+        app = create_app(self.settings, transport=transport)
+        config = uvicorn.Config(app, loop="asyncio", log_config=None, log_level="warning")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._log = logging.Handler(logging.ERROR)

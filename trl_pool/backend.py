@@ -306,18 +306,23 @@ class Backend:
         reason, self.doubt = self.doubt, None
         if not same:
             self.incarnation += 1
-            self._restarted(self)
+            self._begin_anew()
             if self.sync.believed is not None:
                 self.sync.lost(reason or "its process may be a new one")
         elif self.sync.believed is not None:
             self.sync.reached(self.sync.believed)
         self._changed()
 
+    def _begin_anew(self) -> None:
+        """What was learnt of its process is not true of the next one."""
+        self.queue = self.tells_queue = None
+        self._restarted(self)
+
     def may_have_restarted(self, reason: str) -> None:
         """Whoever answers next may be a new process: it has no communicator, and after the first update the wrong
         weights. A `trl` server cannot say so; others are asked with the next probe."""
         self.incarnation += 1
-        self._restarted(self)
+        self._begin_anew()
         self.doubt = None
         if self._required_weights() > 0 and self.sync.held is not None:
             if self.identity is not None and self.identity.keeps_version:

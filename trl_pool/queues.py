@@ -57,6 +57,8 @@ async def look(backends: Iterable[Backend], *, timeout: float, clock: Callable[[
             answer = await backend.exchange.once("GET", _PATH, timeout=timeout)
         except AttemptError:
             return
+        if answer.status >= 500 or answer.status == 429:
+            return  # it may say so another time
         told = parse(b"\n" + answer.body) if answer.status == 200 else None
         backend.tells_queue = told is not None
         backend.queue = None if told is None else Queue(*told, clock())

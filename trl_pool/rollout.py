@@ -266,7 +266,8 @@ class Rollout:
         backends = self._dispatcher.backends.values()
         if self._dialect.one_request_at_a_time or self._lane is Lane.SCORE or len(backends) < 2:
             return False
-        rooms = (int(b.max_num_seqs * (1 + SURPLUS)) - b.load for b in backends)
+        able = (b for b in backends if b.why_ineligible() is None)
+        rooms = (int(b.max_num_seqs * (1 + SURPLUS)) - b.load for b in able)
         return len(self._job.units) * self._job.n > sum(max(0, room) for room in rooms)
 
     def _remembers(self) -> bool:
