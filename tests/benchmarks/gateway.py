@@ -163,7 +163,7 @@ def _draw(figure: Any, data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> N
         colours = ["tab:orange" if name == "trl_pool" else "tab:blue" for name in names]
         axes.barh(names, values, color=colours)
         axes.set_title(case, fontsize=9)
-        axes.set_xlabel("throughput over direct", fontsize=8)
+        axes.set_xlabel("of direct", fontsize=8)
         axes.tick_params(labelsize=8)
 
 

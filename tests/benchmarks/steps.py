@@ -133,7 +133,7 @@ def _draw_steps(figure: Any, workloads: Sequence[Workload], played: Mapping[str,
         x = [index + (place - (len(POLICIES) - 1) / 2) * width for index in range(len(workloads))]
         axes.bar(x, middle, width, yerr=spread, label=policy, error_kw={"linewidth": 0.8})
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(workloads)), [w.name.replace(", ", "\n") for w in workloads], fontsize=7)
+    axes.set_xticks(range(len(workloads)), [w.name for w in workloads], fontsize=7, rotation=25, ha="right")
     axes.set_ylabel("step time over the lower bound")
     axes.set_ylim(0.9, None)
     axes.legend(fontsize=8)
