@@ -471,3 +471,15 @@ def test_a_pool_that_is_closed_in_the_middle_of_a_run_leaves_nobody_waiting(
     assert list(steps) == []
     for i in range(3):
         assert len(servers.told[f"n{i}"]) == 3 + transport.fills_of(f"n{i}:8000")
+
+
+@pytest.mark.parametrize("metadata", [[("a", None, [2])], [("a", "float32")], [("a", "float32", ["two"])]], ids=str)
+def test_metadata_that_makes_no_sense_leaves_no_update_behind(make_pool: MakePool, metadata: Any) -> None:
+    servers, transport = Servers(), Recorded()
+    pool = mocked(make_pool, servers, transport)
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        pool.update_named_params(metadata, iter([("a", Tensor())]))
+    assert pool.statistics().gate is None
+    assert (versions(pool), servers.told) == ([None] * 3, {})
+    pool.update_named_params(METADATA, walk())
+    assert versions(pool) == [1, 1, 1]

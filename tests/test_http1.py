@@ -444,3 +444,63 @@ def test_a_stream_that_nobody_reads_makes_the_server_wait() -> None:
             await incoming.aclose()
 
     asyncio.run(go())
+
+
+# What stands where nothing should
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nxy", b"HTTP/1.1 200 O", b"garbage"],
+    ids=["another answer", "a part of one", "no HTTP"],
+)
+def test_what_stands_behind_a_chunked_answer_is_no_part_of_it_and_ends_the_connection(behind: bytes) -> None:
+    async def go() -> None:
+        whole = CHUNKED + b"2\r\nab\r\n0\r\n\r\n"
+        async with Server([whole + behind], [whole]) as server, sockets_to(server) as sockets:
+            assert await fetch(sockets) == (200, b"ab")
+            assert await fetch(sockets) == (200, b"ab")
+            assert server.connections == 2
+
+    asyncio.run(go())
+
+
+def test_a_connection_with_a_request_that_is_not_written_yet_takes_no_other() -> None:
+    async def go() -> None:
+        early = b"HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\n\r\n"
+        reads = asyncio.Event()
+
+        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(early)
+            await reads.wait()  # and reads no further
+            writer.close()
+
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        sockets = Sockets(BackendAddress.parse(f"127.0.0.1:{port}"), context=None, headers={})
+        try:
+            for _ in range(2):
+                first, second = Progress(), Progress()
+                assert (await fetch(sockets, body=bytes(30_000_000), progress=first))[0] == 413
+                assert (await fetch(sockets, progress=second))[0] == 413
+                assert not second.reused
+        finally:
+            reads.set()
+            await sockets.aclose()
+            server.close()
+
+    asyncio.run(go())
+
+
+def test_any_number_of_provisional_answers_may_come_first() -> None:
+    assert one(b"HTTP/1.1 100 Continue\r\n\r\n" * 3000 + OK) == (200, b"ok")
+
+
+def test_a_name_that_cannot_be_one_is_a_server_that_is_not_reached() -> None:
+    async def go() -> None:
+        sockets = Sockets(BackendAddress("http", "a..b", 80, ""), context=None, headers={})
+        with pytest.raises(httpx.ConnectError):
+            await fetch(sockets)
+
+    asyncio.run(go())

@@ -219,3 +219,17 @@ def test_a_backend_that_is_forgotten_holds_nothing_and_the_others_what_they_had(
     memory.clear()
     assert len(memory) == 0
     assert memory.holders([1, 2]) == ()
+
+
+def test_a_backend_is_forgotten_once_however_often_it_is_said_to_be_gone() -> None:
+    memory = PrefixMemory(100)
+    memory.served([1, 2], "a")
+    memory.served([1], "b")
+    for _ in range(3):
+        memory.forget("a")
+    assert (list(memory.holders([1, 2])), len(memory)) == (["b"], 1)
+    memory.served([1, 2], "a")
+    assert list(memory.holders([1, 2])) == ["a"]
+    memory.clear()
+    memory.forget("a")
+    assert len(memory) == 0

@@ -335,3 +335,46 @@ def test_whatever_servers_do_every_prompt_is_given_once_and_the_books_are_even(
         assert call.dispatcher.tally.total == 0
 
     asyncio.run(run())
+
+
+# When nothing else would wake it
+
+
+def test_with_nothing_out_suspect_backends_are_given_pieces_too() -> None:
+    call = Call("a", "b", prompts=64)
+    call.begin()
+    call.fill()
+    while call.out:
+        call.answer()
+    for backend in call.backends:
+        backend.health.silent(busy=False, lagged=False, reason="test")
+    assert call.fill() > 0
+
+
+def test_a_server_that_others_keep_full_has_a_part_for_this_call_all_the_same() -> None:
+    call = Call("a", prompts=200, max_num_seqs=64)
+    call.begin()
+    call.fill()
+    while call.out:
+        call.answer()
+    (backend,) = call.backends
+    backend.queue = Queue(64, 1000, call.clock.now)
+    backend.take(Lane.GENERATE, 64)
+    call.fill()
+    assert sum(lease.weight for lease, _ in call.out) == 16
+    call.clock.now += 0.3
+    assert call.fill() == 0
+
+
+def test_a_slow_server_takes_what_is_left_when_nobody_else_is_at_work_for_the_call() -> None:
+    call = Call("slow", "quick", prompts=40)
+    pull = call.begin()
+    while call.out:
+        call.answer()
+    pull.schedule._slow = {"slow:8000": True, "quick:8000": False}
+    pull.schedule._looked = call.clock.now + 1000
+    call.backends[1].draining = True
+    held = pull.schedule.held
+    assert held
+    call.fill()
+    assert pull.schedule.held < held

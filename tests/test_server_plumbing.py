@@ -183,3 +183,32 @@ def test_what_a_gateways_process_keeps_for_good_is_no_work_for_the_garbage_colle
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) > 10_000
+
+
+def test_middleware_that_somebody_adds_is_not_passed_by() -> None:
+    """Whoever bolts on authentication expects it in front of every route."""
+    app = create_app(GatewaySettings(backends=("n1:8000",)))
+
+    class Door:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http":
+                await send({"type": "http.response.start", "status": 401, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+
+    app.add_middleware(Door)
+    statuses = []
+
+    async def go() -> None:
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        for path in ("/v1/completions", "/generate/", "/pool/stats"):
+            scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+            await app(scope, Client(packet(b"{}")).receive, send)
+
+    asyncio.run(go())
+    assert statuses == [401, 401, 401]

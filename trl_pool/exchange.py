@@ -24,8 +24,9 @@ STALE_SECONDS = 1.0
 """How soon after sending a kept-alive connection has to break to count as one the server had closed before. Idle
 connections are closed by uvicorn after 5 s; the news of it crosses our request and arrives within a round trip."""
 
-CONTROL_IDLE_SECONDS = 1.0
-"""How long a connection may have been idle that a control call takes. A server closes none so young."""
+CONTROL_IDLE_SECONDS = 0.25
+"""How long a connection may have been idle that a control call takes. uvicorn closes them after 5 s, and nobody as
+soon as this; after a longer pause a new connection costs little beside it."""
 
 MAX_RETRY_AFTER = 60.0
 

@@ -233,7 +233,8 @@ class _Connection(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """Whether another exchange can be made on it, as far as is known."""
-        return ((self.finished and self._reusable) or not self._asked) and not self._transport.is_closing()
+        free = (self.finished and self._reusable and self.sent) or not self._asked
+        return free and not self._transport.is_closing()
 
     def forget(self) -> None:
         """Lets go of the answer, which may be large."""
@@ -297,17 +298,20 @@ class _Connection(asyncio.Protocol):
         if self._head is None:
             self._more(data)
             return
-        if self._head:
-            data = self._head + data
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4:
-            self._head = data
-            if len(data) > _MAX_HEAD:
-                self._break(httpx.RemoteProtocolError("the head of the answer has no end"))
-            return
-        self._read_head(data, end)
+        data = self._head + data
+        while True:
+            end = data.find(b"\r\n\r\n") + 4
+            if end < 4:
+                self._head = data
+                if len(data) > _MAX_HEAD:
+                    self._break(httpx.RemoteProtocolError("the head of the answer has no end"))
+                return
+            if not self._read_head(data, end):
+                return
+            data = data[end:]  # behind a provisional answer
 
-    def _read_head(self, data: bytes, end: int) -> None:
+    def _read_head(self, data: bytes, end: int) -> bool:
+        """Takes a head, and what is behind it. Returns whether another head has to follow."""
         parser = httptools.HttpResponseParser(self)
         self.headers = []
         try:
@@ -315,12 +319,9 @@ class _Connection(asyncio.Protocol):
             self.status = parser.get_status_code()
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(httpx.RemoteProtocolError(f"the answer is no HTTP: {error}"))
-            return
+            return False
         if self.status < 200:  # "go on", "more will come": no answer yet
-            self._head = b""
-            if end < len(data):
-                self.data_received(data[end:])
-            return
+            return True
         self._head = None
         self._reusable = parser.should_keep_alive()
         self._left = self._body_length(parser)
@@ -331,6 +332,7 @@ class _Connection(asyncio.Protocol):
             self._finish()
         elif end < len(data):
             self._more(data[end:])
+        return False
 
     def _body_length(self, parser: Any) -> int | None:
         """What the head says of the body's length. llhttp has refused what contradicts itself."""
@@ -398,15 +400,20 @@ class _Connection(asyncio.Protocol):
 
     # Called by the parser
 
+    def on_message_begin(self) -> None:
+        if self.finished:  # something that was not asked for stands behind a chunked body
+            self._reusable = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._head is not None:  # trailers are dropped
             self.headers.append((name, value))
 
     def on_body(self, data: bytes) -> None:
-        self._keep(data)
+        if not self.finished:
+            self._keep(data)
 
     def on_message_complete(self) -> None:
-        if self._parser is not None:
+        if self._parser is not None and not self.finished:
             self._finish()
 
 
@@ -551,7 +558,7 @@ class Sockets:
                 connection = await self._connect()
         except TimeoutError as error:
             raise httpx.ConnectTimeout(str(error) or f"no connection within {connect_within:.1f} s") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
             raise httpx.ConnectError(str(error) or type(error).__name__) from error
         self._all.add(connection)
         connection.lost.add_done_callback(lambda _: self._all.discard(connection))
@@ -582,7 +589,10 @@ class Sockets:
     def _head(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
         target = self._address.prefix + path
         if _TARGET.fullmatch(target) is None:
-            target = httpx.URL(self._address.url + path).raw_path.decode()
+            try:
+                target = httpx.URL(self._address.url + path).raw_path.decode()
+            except httpx.InvalidURL as error:
+                raise httpx.LocalProtocolError(f"the path cannot be sent: {error}") from None
         fields = {**self._headers, **headers}
         if body:
             fields["content-type"] = "application/json"

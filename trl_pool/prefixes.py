@@ -77,6 +77,7 @@ class PrefixMemory:
     def __init__(self, entries: int) -> None:
         self._entries = entries
         self._holders: OrderedDict[int, list[str]] = OrderedDict()
+        self._known: set[str] = set()  # backends that may be among them
 
     def __repr__(self) -> str:
         return f"<PrefixMemory {len(self._holders)} of {self._entries} beginnings>"
@@ -89,6 +90,7 @@ class PrefixMemory:
         if not self._entries:
             return
         holders = self._holders
+        self._known.add(name)
         for mark in prompt_marks:
             names = holders.get(mark)
             if names is None:
@@ -119,6 +121,9 @@ class PrefixMemory:
 
     def forget(self, name: str) -> None:
         """A backend's cache is empty. Of a beginning that too many have it does not matter who they are."""
+        if name not in self._known:  # each refused connection of a server that is gone says so again
+            return
+        self._known.discard(name)
         for mark in [mark for mark, names in self._holders.items() if name in names and len(names) <= _MANY]:
             names = self._holders[mark]
             names.remove(name)
@@ -128,3 +133,4 @@ class PrefixMemory:
     def clear(self) -> None:
         """All caches are empty."""
         self._holders.clear()
+        self._known.clear()

@@ -94,13 +94,14 @@ class Pull:
             self._hungry.discard(name)
         if not any(self._out.values()):
             found = self._dispatcher.candidates(self._want)
-            # Where breakers alone keep all away, waiting for a cooldown helps nobody. A piece that failed may be on
-            # trial somewhere already.
-            if found.forced and not any(b.leased_to(self._want.owner) for b in self._dispatcher.backends.values()):
+            # With nothing of ours out nothing would wake us. So whoever is left takes something: one that is slow, one
+            # that is suspect, and where breakers alone keep all away, one on trial. (A piece that failed may be on its
+            # way somewhere already.)
+            if not any(b.leased_to(self._want.owner) for b in self._dispatcher.backends.values()):
                 for backend in found.ready.values():
-                    piece = self._piece(backend)
+                    piece = self._piece(backend, anyway=True)
                     if piece:
-                        return self._leased(backend, piece, force=True), piece
+                        return self._leased(backend, piece, force=found.forced), piece
         return None
 
     def _leased(self, backend: Backend, piece: Sequence[int], *, force: bool = False) -> Lease:
@@ -109,14 +110,19 @@ class Pull:
         self._sent(lease)
         return lease
 
-    def _piece(self, backend: Backend) -> list[int]:
-        free, weight = self._room(backend), self._want.weight
+    def _piece(self, backend: Backend, *, anyway: bool = False) -> list[int]:
+        weight = self._want.weight
+        # Others' work may fill a server for good; a part of it is ours all the same, and waits its turn inside.
+        ours = sum(lease.weight for lease in self._out.get(backend.name, ()))
+        free = max(self._room(backend), int(SURPLUS * backend.max_num_seqs) - ours)
         if free < weight and backend.load:
             return []
         share = self.schedule.share(backend.name)
         whole = not self._out.get(backend.name) and 0 < share * weight <= free
         reserve = int(SURPLUS * backend.max_num_seqs) // weight
-        return self.schedule.take(backend.name, share if whole else self._size(free), reserve=reserve)
+        count = share if whole else self._size(free)
+        # In their order: a body that holds the whole batch is passed on as it came.
+        return sorted(self.schedule.take(backend.name, count, reserve=reserve, anyway=anyway))
 
     def _size(self, free: int) -> int:
         return max(1, min(PIECE, free) // self._want.weight)

@@ -243,6 +243,7 @@ class Rollout:
             each, shards, dispatcher=self._dispatcher, clock=self._clock, timeout=self._config.health_timeout
         )
         watch = asyncio.create_task(pull.watch())
+        watch.add_done_callback(_log_end)
         try:
             async with asyncio.TaskGroup() as group:
                 for lease, _ in shards:
@@ -518,6 +519,11 @@ class Rollout:
         }
         result = self._dialect.merge(self._job, [self._answers[i] for i in completed]) if completed else None
         return kind(failed, completed=completed, result=result, reason=reason)
+
+
+def _log_end(watch: asyncio.Task[None]) -> None:
+    if not watch.cancelled() and watch.exception() is not None:
+        logger.error("Nobody looks at the servers' queues any more in this call", exc_info=watch.exception())
 
 
 def _gravest(group: BaseExceptionGroup[Any]) -> BaseException:

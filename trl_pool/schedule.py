@@ -130,19 +130,20 @@ class Schedule:
         """Prompts of a backend's own share that are left."""
         return len(self._queues.get(name, ()))
 
-    def take(self, name: str, count: int, *, reserve: int = 0) -> list[int]:
+    def take(self, name: str, count: int, *, reserve: int = 0, anyway: bool = False) -> list[int]:
         """Prompts for a backend that has room: of its own share, else of whoever has most left.
 
         Args:
             name (`str`): The backend.
             count (`int`): Most prompts.
             reserve (`int`, *optional*, defaults to `0`): Prompts that are left to another that will soon ask for them.
+            anyway (`bool`, *optional*, defaults to `False`): Even if the backend is slow: no other has anything.
 
         Returns:
             `list[int]`: Their indices; none when they are better left to others.
         """
         self._compare()
-        if self._slow.get(name):
+        if self._slow.get(name) and not anyway:
             return []
         own = self._queues.get(name)
         if own:

@@ -261,7 +261,7 @@ CONVERSATIONS = (
     Workload("turns apart, 8", lambda p, s: turns_apart(p, s, engines=_engines(8), conversations=512)),
     Workload(
         "turns apart, small caches, 8",
-        lambda p, s: turns_apart(p, s, engines=[Engine(cache_blocks=4000)] * 8, conversations=512),
+        lambda p, s: turns_apart(p, s, engines=[Engine(cache_blocks=1200)] * 8, conversations=512),
     ),
     Workload("turns apart, 64", lambda p, s: turns_apart(p, s, engines=_engines(64), conversations=4096), 1),
     Workload("hot beginning, batch, 8", lambda p, s: hot_batch(p, s, engines=_engines(8), prompts=1024)),

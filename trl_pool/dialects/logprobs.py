@@ -90,7 +90,7 @@ def ranked(
         completions (`Sequence[tuple[Sequence[int], CompletionLogprobs]]`): Token ids of each, and their logprobs.
 
     Raises:
-        `ValueError`: when they do not belong together, or name tokens otherwise than by `token_id:`.
+        `ValueError`: when they differ in length, or name tokens otherwise than by `token_id:`.
     """
     flats = [at_a_stretch(_flat, token_ids, logprobs) for token_ids, logprobs in completions]
     values = at_a_stretch(list, map(list, [flat.positions(flat.values) for flat in flats]))

@@ -81,7 +81,9 @@ class Gateway(FastAPI):
     direct: DirectRoutes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (scope["method"], scope["path"]) in self.direct.handlers:
+        direct = scope["type"] == "http" and (scope["method"], scope["path"]) in self.direct.handlers
+        # Middleware that somebody has added (authentication, say) must not be passed by.
+        if direct and len(self.user_middleware) == 1:
             scope["app"] = self
             await self.direct(scope, receive, send)
         else:

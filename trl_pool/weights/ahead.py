@@ -57,7 +57,10 @@ class Announcements:
                     await self._moved.wait()
                 if name in self._left:
                     return
-                result = await self._tell(backend, body)
+                try:
+                    result = await self._tell(backend, body)
+                except Exception as error:  # it counts as not told, whatever it was
+                    result = ControlResult(backend.url, False, f"could not be told: {type(error).__name__}: {error}")
                 if not result.ok:
                     self.failures[name] = result
                     return

@@ -170,10 +170,14 @@ class SeparateGroups:
         async with books.alone("a weight update waits for requests that are out"):
             await self._undisturbed()
             update = books.update or books.begin(owner)
-            books.extend()
-            books.drop_restarted(update)
-            self._run = run = Run(update, metadata, lambda backend, body: books.call(backend, _ANNOUNCE, body))
-            run.announcements.allow(self._ahead)
+            try:
+                books.extend()
+                books.drop_restarted(update)
+                self._run = run = Run(update, metadata, lambda backend, body: books.call(backend, _ANNOUNCE, body))
+                run.announcements.allow(self._ahead)
+            except BaseException as error:  # metadata that makes no sense, for one
+                books.abandon(f"{type(error).__name__} at its announcement")
+                raise
             return run
 
     @property
@@ -285,13 +289,14 @@ class SeparateGroups:
         run, self._run = self._run, None
         if run is not None:
             self._settling = asyncio.create_task(self._settle(run, hopeless), name="trl-pool-settle")
+            self._settling.add_done_callback(_log_failure)
 
     async def _settled(self) -> None:
         """Halts what is abandoned, and waits until nobody waits for its tensors any more."""
         if self._run is not None and self._books.update is not self._run.update:
             self._halt()
         if self._settling is not None:
-            await asyncio.shield(self._settling)
+            await asyncio.wait({self._settling})  # how it ended is in the log; whoever waits goes on
 
     async def _expired(self) -> None:
         await self._settled()
