@@ -41,7 +41,7 @@ def sims(started_sims: dict[str, SimProcess]) -> dict[str, SimProcess]:
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queues are looked at ten times a second."""
-    monkeypatch.setattr("trl_pool.pulling._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("trl_pool.pulling.LOOK_SECONDS", 0.1)
 
 
 def arrived(*sims: SimProcess, endpoint: str = "completions") -> Counter[str]:

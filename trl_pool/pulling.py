@@ -11,7 +11,7 @@ from .dispatch import Dispatcher, Want
 from .leases import Lease
 from .schedule import PIECE, SURPLUS, Schedule, Standing, room
 
-_LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0
 """Seconds between two looks at the servers' queues. In one of them a server ends a few per cent of what it runs, much
 less than what waits in it."""
 
@@ -177,7 +177,11 @@ class Pull:
         """Looks at the servers' queues, again and again."""
         while True:
             backends = list(self._dispatcher.backends.values())
-            await asyncio.sleep(max(_LOOK_SECONDS, len(backends) / _LOOKS_PER_SECOND))
+            await asyncio.sleep(max(LOOK_SECONDS, len(backends) / _LOOKS_PER_SECOND))
             await queues.look(backends, timeout=self._timeout, clock=self._clock)
-            self._hungry.update(self._dispatcher.backends)
+            self.looked()
             self._dispatcher.changed()
+
+    def looked(self) -> None:
+        """What servers say of their queues is new: everybody may have room."""
+        self._hungry.update(self._dispatcher.backends)

@@ -6,16 +6,27 @@ import abc
 import random
 from collections.abc import Callable, Sequence
 
+import httpx
+
 from trl_pool import balancer
+from trl_pool.addresses import BackendAddress
+from trl_pool.backend import Backend
+from trl_pool.breaker import Verdict
 from trl_pool.config import PoolConfig
-from trl_pool.pace import Pace
-from trl_pool.prefixes import PrefixMemory, marks
+from trl_pool.dialects.vllm import VllmDialect
+from trl_pool.dispatch import Dispatcher, Want
+from trl_pool.exchange import Exchange
+from trl_pool.identity import Identity
+from trl_pool.leases import Lane, Lease
+from trl_pool.prefixes import marks
+from trl_pool.pulling import LOOK_SECONDS, Pull
 from trl_pool.ring import HashRing
-from trl_pool.schedule import PIECE, SURPLUS, Queue, Schedule, Standing, room
+from trl_pool.schedule import SURPLUS, Queue
 
 from .engine_model import Clock, Prompt, Request, Server
 
-BALANCE_FACTOR = PoolConfig().balance_factor
+ANSWER_SECONDS = 1e-3
+"""From an answer to the next request: the network, and the trainer's process."""
 
 Lengths = Sequence[Sequence[int]]
 
@@ -147,13 +158,31 @@ class LeastInFlight(Committed):
 
 
 class Ours(Policy):
-    """The pool's own code: its plan, its schedule, what it has learnt."""
+    """The pool itself: its dispatcher, its plan, its pulling, what it remembers and what it has learnt. Only the
+    servers, their answers and the time are modelled."""
 
     def __init__(self, servers: Sequence[Server], clock: Clock, rng: random.Random) -> None:
         super().__init__(servers, clock, rng)
-        self.ring, self.pace, self.memory = HashRing(self.names), Pace(), PrefixMemory(65536)
-        self.queues: dict[str, Queue] = {}
-        self.max_num_seqs = {server.name: server.engine.max_num_seqs for server in servers}
+        # A slot is a request's; how many a server has at once is not what is asked here.
+        config = PoolConfig(max_inflight_per_backend=1_000_000)
+        self.dispatcher = Dispatcher(config, clock=clock, rng=rng)
+        transport = httpx.MockTransport(lambda request: httpx.Response(200))
+        for server in servers:
+            address = BackendAddress.parse(f"http://{server.name}")
+            backend = Backend(
+                address,
+                dialect=VllmDialect(),
+                config=config,
+                exchange=Exchange(address, config, transport=transport, user_agent="benchmark", clock=clock),
+                clock=clock,
+                required_weights=lambda: 0,
+                changed=self.dispatcher.changed,
+                tally=self.dispatcher.tally,
+            )
+            identity = Identity("vllm", max_num_seqs=server.engine.max_num_seqs)
+            backend.recognise(identity, backend.dialect)
+            backend.health.answered()
+            self.dispatcher.add(backend)
 
     def batch(
         self,
@@ -162,105 +191,76 @@ class Ours(Policy):
         done: Callable[[], None],
         answers: Sequence[list[int]] | None = None,
     ) -> None:
-        weight = len(lengths[0])
+        dispatcher, began, left = self.dispatcher, self.clock.now, len(prompts)
         keys = [balancer.affinity_key(p.ids, 200) if p.ids else p.key for p in prompts]
         seen = [marks(p.ids or []) for p in prompts]
-        homes = balancer.split(
-            keys,
-            weight,
-            self.loads,
-            self.ring.walk,
-            self.rng,
-            speeds=self.pace.shares(self.names),
-            holders=[self.memory.holders(few) for few in seen],
-        )
-        open_requests: dict[str, dict[int, float]] = {name: {} for name in self.names}
-        started, left = self.clock.now, len(prompts)
+        weight = len(lengths[0])
+        want = Want(Lane.GENERATE, weight, owner=object(), shares_slot=True)
+        rooms = (int(b.max_num_seqs * (1 + SURPLUS)) - b.load for b in dispatcher.backends.values())
+        large = len(prompts) * weight > sum(rooms) and len(dispatcher.backends) > 1
+        shards = dispatcher.split(want, keys, seen)
+        assert shards is not None
+        pull = Pull(want, shards, dispatcher=dispatcher, clock=self.clock, timeout=1.0) if large else None
         given: dict[str, tuple[float, int, int]] = {}
-        committed = True
 
-        def standing() -> dict[str, Standing]:
-            return {n: Standing(self.loads[n], min(open_requests[n].values(), default=None)) for n in self.names}
+        def send(lease: Lease, piece: Sequence[int]) -> None:
+            for index in piece:
+                dispatcher.memory.served(seen[index], lease.backend.name)
+            self.send(lease.backend.name, piece, prompts, lengths, lambda r: answered(lease, r), answers)
 
-        schedule = Schedule(
-            homes, weight, pace=self.pace, standing=standing, load=self.loads.__getitem__, clock=self.clock
-        )
-
-        def answered(name: str, request: Request) -> None:
+        def answered(lease: Lease, request: Request) -> None:
             nonlocal left
-            left -= len(request.prompts)
             took = [n for few in request.lengths for n in few]
-            if len(took) <= max(PIECE, weight):
-                self.pace.observe_piece(name, self.clock.now - request.sent, took)
-            if name in self.queues:
-                self.queues[name].answered(request.sent, self.clock.now, took)
-            del open_requests[name][request.indices[0]]
-            _, tokens, longest = given.get(name, (0.0, 0, 0))
-            given[name] = self.clock.now - started, tokens + sum(took), max(longest, *took)
+            if pull is not None:
+                pull.answered(lease, took)
+            given[lease.backend.name] = self.clock.now - began, sum(took), max(took)
+            self._released(lease, len(request.prompts), took)
+            left -= len(request.prompts)
             if left:
-                self.clock.at(self.clock.now + 1e-3, lambda: pump([name]))
-            else:
-                if committed:
-                    self.pace.observe_call(given, self.max_num_seqs)
-                done()
+                self.clock.at(self.clock.now + ANSWER_SECONDS, more)
+                return
+            if pull is None:
+                sequences = {b.name: b.max_num_seqs for b in dispatcher.backends.values()}
+                dispatcher.pace.observe_call(given, sequences)
+            done()
 
-        def pump(names: Sequence[str]) -> None:
-            nonlocal committed
-            hungry = list(names)
-            while schedule.held and hungry:
-                for name in list(hungry):
-                    free = room(
-                        self.queues.get(name),
-                        max_num_seqs=self.max_num_seqs[name],
-                        load=self.loads[name],
-                        occupancy=None,
-                    )
-                    size = max(1, min(PIECE, free) // weight)
-                    if not open_requests[name] and schedule.share(name) * weight <= free:
-                        size = schedule.share(name)
-                    else:
-                        committed = False
-                    reserve = int(SURPLUS * self.max_num_seqs[name]) // weight
-                    able = free >= weight or not self.loads[name]  # one that does nothing can always take one
-                    indices = schedule.take(name, size, reserve=reserve) if able else []
-                    if not indices:
-                        hungry.remove(name)
-                        continue
-                    open_requests[name][indices[0]] = self.clock.now
-                    for index in indices:
-                        self.memory.served(seen[index], name)
-                    if name in self.queues:
-                        self.queues[name].changed += len(indices) * weight
-                    self.send(name, indices, prompts, lengths, lambda r, n=name: answered(n, r), answers)
+        def more() -> None:
+            while pull is not None and pull.schedule.held and (found := pull.take()) is not None:
+                send(*found)
 
         def look() -> None:
-            if schedule.held:
+            if pull is not None and pull.schedule.held:
                 for name, server in self.servers.items():
-                    self.queues[name] = Queue(*server.queue(), self.clock.now)
-                pump(self.names)
-                self.clock.at(self.clock.now + 1.0, look)
+                    dispatcher.backends[name].queue = Queue(*server.queue(), self.clock.now)
+                    dispatcher.backends[name].tells_queue = True
+                pull.looked()
+                more()
+                self.clock.at(self.clock.now + LOOK_SECONDS, look)
 
-        self.queues.clear()
-        pump(self.names)
-        self.clock.at(self.clock.now + 1.0, look)
+        for lease, share in shards:
+            piece = share if pull is None else pull.begin(lease)
+            if piece:
+                send(lease, piece)
+        more()
+        self.clock.at(self.clock.now + LOOK_SECONDS, look)
 
     def single(self, prompt: Prompt, length: int, done: Callable[[], None], answer: list[int]) -> None:
-        key = balancer.affinity_key(prompt.ids or [], 200)
         seen = marks(prompt.ids or [])
-        name = balancer.sticky(
-            self.ring.walk(key),
-            self.memory.holders(seen),
-            self.loads.get,
-            mean=sum(self.loads.values()) / len(self.loads),
-            weight=1,
-            factor=BALANCE_FACTOR,
-            keep=False,
-            rng=self.rng,
-            names=self.names,
-        )
-        assert name is not None
-        self.memory.served(seen, name)
-        self.send(name, [0], [prompt], [[length]], lambda request: done(), [answer])
+        key = balancer.affinity_key(prompt.ids or [], 200)
+        lease = self.dispatcher.try_lease(Want(Lane.GENERATE, 1, key=key, marks=seen))
+        assert lease is not None
+        self.dispatcher.memory.served(seen, lease.backend.name)
+
+        def answered(request: Request) -> None:
+            self._released(lease, 1, [length])
+            done()
+
+        self.send(lease.backend.name, [0], [prompt], [[length]], answered, [answer])
+
+    @staticmethod
+    def _released(lease: Lease, prompts: int, lengths: Sequence[int]) -> None:
+        lease.backend.served(lease, prompts, lengths)
+        lease.backend.release(lease, Verdict.SUCCESS)
 
 
 POLICIES: dict[str, type[Policy]] = {
