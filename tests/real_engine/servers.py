@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,6 +30,24 @@ START_SECONDS: Final = 240.0
 _TAIL_BYTES: Final = 6000
 # How multiprocessing heads the traceback of a child that raised.
 _WORKER_DIED: Final = b"\nProcess Process-"
+
+
+def quiet_ports(count: int) -> int:
+    """The first of so many ports in a row, all free, that no outgoing connection takes.
+
+    A worker cannot listen on a port that a connection has, and outgoing connections, the pool's own among them, take
+    theirs from the range in which free ports are usually looked for.
+    """
+    outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        first = random.randrange(15_000, outgoing - count)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                continue
+        return first
 
 
 class ServerError(RuntimeError):

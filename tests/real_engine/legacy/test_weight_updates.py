@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from trl_pool import NoBackendAvailableError, PoolConfig, VLLMClientPool
-from trl_pool.sim.process import hold_port
 
 from ..pushing import SEQUENCES, metadata, random_model, reference_scores, worst_difference
-from ..servers import HOST, TrlServer
+from ..servers import TrlServer, quiet_ports
 
 TOLERANCE = 0.02
 DEADLINE = 20.0
@@ -26,13 +25,9 @@ Walk = Iterator[tuple[str, Any]]
 @pytest.fixture
 def pool(mortal_servers: Pair) -> Iterator[VLLMClientPool]:
     """A pool over both with short time-outs."""
-    held = hold_port(HOST)
-    assert held is not None, "these tests run on Linux"
-    with held:
-        port = int(held.getsockname()[1])
     config = PoolConfig(control_timeout=30, health_interval=0.5)
     urls = [server.url for server in mortal_servers]
-    with VLLMClientPool(urls, connection_timeout=60, config=config, group_port=port) as pool:
+    with VLLMClientPool(urls, connection_timeout=60, config=config, group_port=quiet_ports(2)) as pool:
         pool.init_communicator("cpu")
         yield pool
 
