@@ -59,8 +59,9 @@ def test_a_share_is_never_corrected_beyond_its_limits() -> None:
 def test_a_server_that_was_slow_for_a_while_is_found_out() -> None:
     pace = Pace()
     call(pace, n0=30.0, n1=10.0, n2=10.0)
-    slow = pace.shares(["n0"])["n0"]
-    assert slow < 0.5
+    assert pace.shares(["n0"]) == {"n0": 1.0}, "once may be chance"
+    call(pace, n0=30.0, n1=10.0, n2=10.0)
+    assert pace.shares(["n0"])["n0"] < 0.5
     for _ in range(30):
         call(pace, n0=10.0, n1=10.0, n2=10.0)
     assert pace.shares(["n0"]) == {"n0": 1.0}
@@ -87,7 +88,8 @@ def test_time_is_compared_per_step_so_shares_of_any_size_are_comparable() -> Non
     # All as fast as each other: one has a completion three times as long, one three times as many tokens as fit in.
     pace.observe_call({"n0": (30.0, 9000, 3000), "n1": (10.0, 9000, 1000), "n2": (30.0, 768_000, 1000)}, SEQUENCES)
     assert pace.shares(["n0", "n1", "n2"]) == {"n0": 1.0, "n1": 1.0, "n2": 1.0}
-    pace.observe_call({"n0": (30.0, 9000, 3000), "n1": (10.0, 9000, 1000), "n2": (30.0, 9000, 1000)}, SEQUENCES)
+    for _ in range(2):
+        pace.observe_call({"n0": (30.0, 9000, 3000), "n1": (10.0, 9000, 1000), "n2": (30.0, 9000, 1000)}, SEQUENCES)
     assert pace.shares(["n2"])["n2"] < 0.5
 
 
@@ -174,7 +176,8 @@ def test_spread_is_the_longest_completion_over_that_of_a_usual_request() -> None
 
 def test_the_repr_tells_what_is_known() -> None:
     pace = Pace()
-    call(pace, n0=30.0, n1=10.0, n2=10.0)
+    for _ in range(2):
+        call(pace, n0=30.0, n1=10.0, n2=10.0)
     pace.observe_piece("n1", 2.5, [10])
     assert "'n0': 0.4" in repr(pace)
     assert "requests n1 2.5 s" in repr(pace)

@@ -39,6 +39,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._shares: dict[str, float] = {}
+        self._sides: dict[str, int] = {}  # 1 if it was slower when it was last unusual, -1 if it was faster
         self._piece_seconds: dict[str, _Mean] = {}
         self._occupancy = _Mean(0.02, 0.5, 8)
         self._longest = _Mean(0.02)
@@ -85,15 +86,18 @@ class Pace:
         low, high = _SHARE_LIMITS
         for name, pace in paces.items():
             share = self._shares.get(name, 1.0)
-            if 1 / _ALIKE <= pace / usual <= _ALIKE:
+            side = 0 if 1 / _ALIKE <= pace / usual <= _ALIKE else 1 if pace > usual else -1
+            if side == 0:
                 share **= _FORGETTING
-            else:
+            elif side == self._sides.get(name):  # once may be chance, or a server that warms up
                 share = min(high, max(low, share * (usual / pace) ** _EAGERNESS))
             self._shares[name] = share
+            self._sides[name] = side or self._sides.get(name, 0)
 
     def forget(self, name: str) -> None:
         """The backend is gone, or somebody else stands in its place."""
         self._shares.pop(name, None)
+        self._sides.pop(name, None)
         self._piece_seconds.pop(name, None)
 
     @property
