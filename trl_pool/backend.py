@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .addresses import BackendAddress
 from .breaker import CircuitBreaker, Verdict
@@ -15,6 +14,7 @@ from .exchange import Answer, Exchange
 from .facts import Health, HealthFact, SyncFact
 from .identity import Identity
 from .leases import BackendStatistics, Lane, Lease, Leases, Tally
+from .orphans import Orphans
 from .schedule import DEFAULT_MAX_NUM_SEQS, Queue
 
 SIMULATED = "trl-pool-sim"
@@ -84,8 +84,7 @@ class Backend:
         self._leases = Leases(tally or Tally())
         self.queue: Queue | None = None  # what it said of its queue last
         self.tells_queue: bool | None = None  # whether it says that at all, once it was asked
-        # Requests nobody waits for any more, which the server still works on: what they are, and since when.
-        self._orphans: dict[asyncio.Task[Answer], tuple[str, float]] = {}
+        self._orphans = Orphans(clock, changed)
         self._removed = False
         self._requests = self._prompts = self._failures = self._failovers = 0
         self._seconds = 0.0
@@ -139,22 +138,22 @@ class Backend:
     @property
     def working(self) -> bool:
         """Whether the server has work of ours, waited for or not."""
-        return bool(len(self._leases) or self._orphans)
+        return bool(len(self._leases) or len(self._orphans))
 
     @property
     def stuck(self) -> str | None:
         """The control call that has not returned, if there is one; or scoring that should have long ago."""
-        if not self._orphans:
+        if not len(self._orphans):
             return None
         long_ago = self._clock() - self._config.control_timeout
-        for what, since in self._orphans.values():
+        for what, since in self._orphans:
             if what != Lane.SCORE.value or since < long_ago:
                 return what
         return None
 
     def holds_lane(self, lane: Lane) -> bool:
         """Whether requests of this kind are out, waited for or not."""
-        if lane is Lane.SCORE and any(what == Lane.SCORE.value for what, _ in self._orphans.values()):
+        if lane is Lane.SCORE and any(what == Lane.SCORE.value for what, _ in self._orphans):
             return True
         return self._leases.in_lane(lane)
 
@@ -287,7 +286,7 @@ class Backend:
     def gone(self, reason: str) -> None:
         """Nobody listens there: the process is gone, and whoever comes back has other weights."""
         self.health.refused(reason)
-        self._bury_orphans()
+        self._orphans.bury()
         self.may_have_restarted("its port was closed since the last update")
 
     def doubted(self, reason: str) -> None:
@@ -369,7 +368,7 @@ class Backend:
             async with asyncio.timeout_at(self._due(lease, now)) as lease.scope:
                 request = self.exchange.post(path, body, timeout=None, headers=headers)
                 if lease.lane is Lane.SCORE and self.dialect.scoring_is_exclusive:
-                    return await self._outlive(request, Lane.SCORE.value)
+                    return await self._orphans.outlive(request, Lane.SCORE.value)
                 return await request
         except TimeoutError:
             if lease.broken_off is not None:
@@ -418,35 +417,14 @@ class Backend:
         limit = self._config.control_timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(limit):
-                return await self._outlive(self.exchange.control(path, body, timeout=None), path)
+                return await self._orphans.outlive(self.exchange.control(path, body, timeout=None), path)
         except TimeoutError:
             raise AttemptError(self.url, Outcome.TIMED_OUT, f"no answer within {limit:.1f} s") from None
-
-    async def _outlive(self, request: Coroutine[Any, Any, Answer], what: str) -> Answer:
-        """Waits for a request that goes on when nobody waits for it any more."""
-        task = asyncio.create_task(request)
-        try:
-            return await asyncio.shield(task)
-        finally:
-            if not task.done():
-                self._orphans[task] = what, self._clock()
-                task.add_done_callback(self._orphan_done)
-
-    def _orphan_done(self, task: asyncio.Task[Answer]) -> None:
-        self._orphans.pop(task, None)
-        if not task.cancelled():
-            task.exception()
-        self._changed()
-
-    def _bury_orphans(self) -> None:
-        """Nobody works on them any more: there is no process left, or no way to it."""
-        for task in list(self._orphans):
-            task.cancel()
 
     def break_off(self, outcome: Outcome, reason: str) -> None:
         """Ends every request that is out, as failed with that outcome, so that it is served elsewhere, and waits for
         nothing any more."""
-        self._bury_orphans()
+        self._orphans.bury()
         self.break_off_requests(outcome, reason)
 
     def break_off_requests(self, outcome: Outcome, reason: str) -> None:
@@ -460,10 +438,7 @@ class Backend:
         """Ends what is still out and closes the connections."""
         self._removed = True
         self.break_off(Outcome.UNAVAILABLE, "it was removed from the pool")
-        orphans = list(self._orphans)
-        for task in orphans:
-            task.cancel()
-        await asyncio.gather(*orphans, return_exceptions=True)
+        await asyncio.gather(*self._orphans.bury(), return_exceptions=True)
         await self.exchange.aclose()
 
     def statistics(self) -> BackendStatistics:

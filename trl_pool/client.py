@@ -22,7 +22,7 @@ from .errors import WeightSyncError
 from .fleet import CLOSE_SECONDS, DEFAULT_HOST, DEFAULT_PORT, PoolStatistics, describe
 from .lifetime import Lifetime
 from .pool import DEFAULT_GROUP_PORT, AsyncVLLMClientPool
-from .rollout import RolloutReport
+from .provenance import RolloutReport
 from .training import UpdateFeed, caller, described, parameters_of, tries
 from .weights.transport import JointTransport, WeightTransport
 

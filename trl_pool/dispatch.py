@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,14 +16,12 @@ from .leases import Lane, Lease, Tally
 from .pace import Pace
 from .prefixes import PrefixMemory
 from .ring import HashRing
+from .waiting import Line
 
 T = TypeVar("T")
 
 _COUNT_SECONDS = 0.5
 """How long a count of those who may take part holds. It only says what the mean load is."""
-
-_POLL_SECONDS = 1.0
-"""Longest time between two looks at what waits: what changes by the clock alone (a cooldown) sends no notice."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,6 @@ class Want:
     shares_slot: bool = False
 
 
-@dataclass(eq=False)
-class _Waiter:
-    poll: Callable[[], Any]
-    future: asyncio.Future[Any]
-    is_call: bool = False
-    lane: Lane | None = None
-
-
 @dataclass(frozen=True)
 class Candidates:
     """Who may take a piece of work: `ready` now, `later` after a wait; `forced` past their breakers."""
@@ -98,14 +87,11 @@ class Dispatcher:
         self._gate: str | None = None
         self._gate_drains = False
         self.under_way: set[object] = set()  # calls that somebody has begun to serve
-        self._waiters: list[_Waiter] = []
-        self._ahead: set[Lane] = set()  # kinds of work that wait before whoever is looked at
-        self._notice: asyncio.Handle | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._line = Line(self._due)
 
     def __repr__(self) -> str:
         gate = f", gate closed: {self._gate}" if self._gate else ""
-        return f"<Dispatcher {len(self.backends)} backends, {len(self._waiters)} waiting{gate}>"
+        return f"<Dispatcher {len(self.backends)} backends, {len(self._line)} waiting{gate}>"
 
     # Membership and gate
 
@@ -141,12 +127,12 @@ class Dispatcher:
     @property
     def queued(self) -> int:
         """Calls that wait for their first slot."""
-        return sum(waiter.is_call for waiter in self._waiters)
+        return self._line.calls
 
     @property
     def waiting(self) -> int:
         """Pieces of work that wait."""
-        return len(self._waiters)
+        return len(self._line)
 
     # Who
 
@@ -187,7 +173,7 @@ class Dispatcher:
 
     def _yields(self, backend: Backend, lane: Lane) -> bool:
         """Who waits for this server to end its work of one kind must not see ever more of that kind go first."""
-        return bool(self._ahead) and backend.dialect.scoring_is_exclusive and bool(self._ahead - {lane})
+        return bool(self._line.ahead) and backend.dialect.scoring_is_exclusive and bool(self._line.ahead - {lane})
 
     def takes(self, name: str, want: Want) -> Backend | None:
         """The backend of that name, if it is among the best class of [`candidates`] and can take the work at once.
@@ -435,76 +421,18 @@ class Dispatcher:
     async def until(
         self, poll: Callable[[], T | None], *, timeout: float, is_call: bool = False, lane: Lane | None = None
     ) -> T:
-        """Waits, in line, until `poll` returns something.
-
-        Raises:
-            `TimeoutError`: when it did not in time.
-        """
-        first = poll()
-        if first is not None:
-            return first
-        waiter = _Waiter(poll, asyncio.get_running_loop().create_future(), is_call, lane)
-        self._waiters.append(waiter)
-        self._note_who_is_ahead()
-        self._arm()
-        try:
-            async with asyncio.timeout(max(0.0, timeout)):
-                await waiter.future
-        except BaseException:
-            # The answer may have come in the same moment; nobody will use it.
-            if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
-                unused = waiter.future.result()
-                if isinstance(unused, Lease):
-                    unused.backend.release_unused(unused)
-            raise
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-                self._note_who_is_ahead()
-        result: T = waiter.future.result()
-        return result
+        """See [`Line.until`]."""
+        return await self._line.until(poll, timeout=timeout, is_call=is_call, lane=lane)
 
     def changed(self) -> None:
-        """Something may let waiting work go on: look at it once this step is over."""
-        if self._waiters and self._notice is None:
-            self._notice = asyncio.get_running_loop().call_soon(self._look)
+        """Something may let waiting work go on."""
+        self._line.changed()
 
-    def _look(self) -> None:
-        self._notice = None
-        self._ahead = set()
-        for waiter in list(self._waiters):
-            if waiter.future.done():
-                continue
-            try:
-                result = waiter.poll()
-            except Exception as error:
-                waiter.future.set_exception(error)
-                continue
-            if result is not None:
-                waiter.future.set_result(result)
-            elif waiter.lane is not None:
-                self._ahead.add(waiter.lane)
-        self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
-        self._note_who_is_ahead()
-        self._arm()
-
-    def _note_who_is_ahead(self) -> None:
-        """Whoever comes now stands behind all that wait."""
-        self._ahead = {w.lane for w in self._waiters if w.lane is not None and not w.future.done()}
-
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._waiters:
-            waits = [b.breaker.seconds_until_trial() for b in self.backends.values()]
-            waits += [b.seconds_busy() for b in self.backends.values()]
-            delay = min([_POLL_SECONDS, *(w + 0.001 for w in waits if w > 0)])
-            self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+    def _due(self) -> Iterator[float]:
+        for backend in self.backends.values():
+            yield backend.breaker.seconds_until_trial()
+            yield backend.seconds_busy()
 
     def close(self) -> None:
-        """Stops looking; waiting work is cancelled by its owners."""
-        for handle in (self._timer, self._notice):
-            if handle is not None:
-                handle.cancel()
-        self._timer = self._notice = None
+        """Stops looking at what waits; its owners cancel it."""
+        self._line.close()

@@ -28,7 +28,8 @@ from .fleet import DEFAULT_HOST, DEFAULT_PORT, resolve_backends
 from .forwarding import Forwarder
 from .lifetime import guarded
 from .media import encode_images, encode_messages, require_conversations, require_image_lists, tool_schema
-from .rollout import ProgressBar, Rollout, RolloutReport, RolloutResult, Route
+from .provenance import ProgressBar, RolloutReport, RolloutResult, Route
+from .rollout import Rollout
 from .training import TrainedFleet
 from .weights.transport import JointTransport, WeightTransport
 

@@ -18,7 +18,7 @@ from ..config import PoolConfig
 from ..errors import ConfigurationError
 from ..fleet import PoolStatistics
 from ..pool import AsyncVLLMClientPool
-from ..rollout import RolloutReport
+from ..provenance import RolloutReport
 from .metrics import CacheCount, CacheReader
 from .workload import WORDS, Prompt, Workload, from_dataset, kind_of
 
