@@ -6,17 +6,10 @@ import abc
 import random
 from collections.abc import Callable, Sequence
 
-import httpx
-
 from trl_pool import balancer
-from trl_pool.addresses import BackendAddress
-from trl_pool.backend import Backend
 from trl_pool.breaker import Verdict
 from trl_pool.config import PoolConfig
-from trl_pool.dialects.vllm import VllmDialect
-from trl_pool.dispatch import Dispatcher, Want
-from trl_pool.exchange import Exchange
-from trl_pool.identity import Identity
+from trl_pool.dispatch import Want
 from trl_pool.leases import Lane, Lease
 from trl_pool.prefixes import marks
 from trl_pool.pulling import LOOK_SECONDS, Pull
@@ -24,6 +17,7 @@ from trl_pool.ring import HashRing
 from trl_pool.schedule import SURPLUS, Queue
 
 from .engine_model import Clock, Prompt, Request, Server
+from .fleets import dispatcher_over
 
 ANSWER_SECONDS = 1e-3
 """From an answer to the next request: the network, and the trainer's process."""
@@ -165,24 +159,8 @@ class Ours(Policy):
         super().__init__(servers, clock, rng)
         # A slot is a request's; how many a server has at once is not what is asked here.
         config = PoolConfig(max_inflight_per_backend=1_000_000)
-        self.dispatcher = Dispatcher(config, clock=clock, rng=rng)
-        transport = httpx.MockTransport(lambda request: httpx.Response(200))
-        for server in servers:
-            address = BackendAddress.parse(f"http://{server.name}")
-            backend = Backend(
-                address,
-                dialect=VllmDialect(),
-                config=config,
-                exchange=Exchange(address, config, transport=transport, user_agent="benchmark", clock=clock),
-                clock=clock,
-                required_weights=lambda: 0,
-                changed=self.dispatcher.changed,
-                tally=self.dispatcher.tally,
-            )
-            identity = Identity("vllm", max_num_seqs=server.engine.max_num_seqs)
-            backend.recognise(identity, backend.dialect)
-            backend.health.answered()
-            self.dispatcher.add(backend)
+        limits = {server.name: server.engine.max_num_seqs for server in servers}
+        self.dispatcher = dispatcher_over(limits, config, clock, rng)
 
     def batch(
         self,

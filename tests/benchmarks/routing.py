@@ -11,19 +11,14 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-import httpx
-
 from trl_pool import balancer, prefixes
-from trl_pool.addresses import BackendAddress
-from trl_pool.backend import Backend
 from trl_pool.config import PoolConfig
-from trl_pool.dialects.vllm import VllmDialect
 from trl_pool.dispatch import Dispatcher, Want
-from trl_pool.exchange import Exchange
 from trl_pool.leases import Lane
 from trl_pool.prefixes import PrefixMemory
 from trl_pool.ring import HashRing
 
+from .fleets import dispatcher_over
 from .report import Report, Spread, Table
 from .rounds import interleave
 
@@ -49,25 +44,10 @@ def names(count: int) -> list[str]:
 
 
 def dispatcher(count: int) -> Dispatcher:
-    """A dispatcher with backends that are up, some of them busy, and no sockets."""
-    config = PoolConfig()
+    """A dispatcher with backends that are up, all of them busy."""
     rng = random.Random(0)
-    found = Dispatcher(config, clock=time.monotonic, rng=rng)
-    transport = httpx.MockTransport(lambda request: httpx.Response(200))
-    for name in names(count):
-        address = BackendAddress.parse(f"http://{name}")
-        backend = Backend(
-            address,
-            dialect=VllmDialect(),
-            config=config,
-            exchange=Exchange(address, config, transport=transport, user_agent="benchmark"),
-            clock=time.monotonic,
-            required_weights=lambda: 0,
-            changed=found.changed,
-            tally=found.tally,
-        )
-        backend.health.answered()
-        found.add(backend)
+    found = dispatcher_over(dict.fromkeys(names(count)), PoolConfig(), time.monotonic, rng)
+    for backend in found.backends.values():
         backend.take(Lane.GENERATE, rng.randrange(1, 9))
     return found
 

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import requests
 
 from trl_pool import PoolConfig, RolloutError, VLLMClientPool
 
@@ -22,6 +23,15 @@ def waits_for(condition, seconds: float) -> None:  # type: ignore[no-untyped-def
         time.sleep(0.02)
 
 
+def generates(server: TrlServer) -> bool:
+    """A `trl vllm-serve` that generates answers no probe."""
+    try:
+        requests.get(f"{server.url}/health/", timeout=0.5)
+    except requests.Timeout:
+        return True
+    return False
+
+
 def test_step_survives_the_death_of_a_server(mortal_servers: tuple[TrlServer, TrlServer]) -> None:
     """SIGKILL in mid-step: every prompt is answered, in order, the lost ones by the survivor."""
     survivor, victim = mortal_servers
@@ -31,7 +41,7 @@ def test_step_survives_the_death_of_a_server(mortal_servers: tuple[TrlServer, Tr
 
         def kill_when_working() -> None:
             waits_for(lambda: all(b.inflight for b in pool.statistics().backends), 60)
-            time.sleep(0.5)
+            waits_for(lambda: generates(victim), 60)
             victim.kill()
 
         killer = threading.Thread(target=kill_when_working)
